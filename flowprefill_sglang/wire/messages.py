@@ -1,0 +1,164 @@
+"""The messages between a router and its prefill workers.
+
+One tagged union a direction. A message travels as a multipart ZeroMQ message: one MessagePack frame that holds the
+struct, then the payload frames that the struct announces (``Dispatch`` and ``Answer`` carry one: a request's or an
+answer's body, untouched). Points in time never cross the wire, since two hosts' clocks differ; only lengths of time do.
+
+Compatibility: new fields have defaults and go last; a new message gets a new tag; anything else raises
+``PROTOCOL_VERSION``. Router and worker agree on the version in ``Hello`` and ``Welcome`` / ``Refused``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Phase(StrEnum):
+    """Where a dispatched request stands inside a prefill worker."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    PREEMPTED = "preempted"
+    RESUMED = "resumed"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """What one worker can hold."""
+
+    max_context_tokens: int
+    """Longest prompt plus answer that the model was started for."""
+    max_kv_tokens: int
+    """Tokens that fit in the worker's KV pool."""
+    page_tokens: int
+    """Tokens in a page of the KV pool."""
+    max_running_requests: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's own count of what it holds; the router's picture is corrected by it."""
+
+    in_flight: int
+    """Requests dispatched and not yet answered."""
+
+
+# ---- worker -> router ---------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message of a worker, sent again until the router answers, and after each reconnect."""
+
+    protocol: int
+    name: str
+    """Unique within the cluster; a worker that comes back under its name replaces its former self."""
+    incarnation: str
+    """Random, made at the worker's start: tells a reconnect from a restart."""
+    version: str
+    """FlowPrefill's version, for people."""
+    model: str
+    """The served model name, as clients ask for it."""
+    http_url: str
+    """The worker's own SGLang HTTP endpoint, for health checks and control requests."""
+    bootstrap_host: str
+    bootstrap_port: int
+    """Where decode instances find this worker for the KV handoff."""
+    transfer_backend: str
+    limits: Limits
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """A request changed its phase."""
+
+    rid: str
+    phase: Phase
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """The worker's HTTP answer to a dispatch; one payload frame: the body. Ends the request on this link.
+
+    ``status`` is the HTTP status that SGLang's own endpoint gave; 499 after an abort, 500 for a failure of the link.
+    """
+
+    rid: str
+    status: int
+    content_type: str = "application/json"
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Sent every ``Welcome.heartbeat_interval_s``, also when idle."""
+
+    load: Load
+
+
+class Draining(msgspec.Struct, frozen=True, kw_only=True, tag="draining"):
+    """The worker takes no new requests and will say goodbye once those in flight have ended."""
+
+    reason: str
+
+
+class Goodbye(msgspec.Struct, frozen=True, kw_only=True, tag="goodbye"):
+    """The worker leaves; requests still in flight here are lost."""
+
+    reason: str
+
+
+FromWorker = Hello | Progress | Answer | Heartbeat | Draining | Goodbye
+
+
+# ---- router -> worker ---------------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """The router took the worker in."""
+
+    protocol: int
+    router: str
+    heartbeat_interval_s: float
+    dead_after_s: float
+    """Each side gives the other up after this long without a message."""
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """The router does not take the worker, and asking again unchanged is useless."""
+
+    reason: str
+    protocol: int
+    """The router's own version."""
+
+
+class HelloAgain(msgspec.Struct, frozen=True, kw_only=True, tag="hello_again"):
+    """The router does not know this link (it restarted, or gave the worker up); the worker says hello again."""
+
+
+class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
+    """Prefill this request; one payload frame: the JSON body, PD fields included."""
+
+    rid: str
+    path: str
+    """The HTTP path the client asked for, e.g. ``/generate``: the worker calls SGLang's handler for it."""
+    headers: list[tuple[str, str]] = []
+    """Headers to pass on (identity, tracing, authorization); names in lower case."""
+    age_s: float = 0.0
+    """How long ago the router received the request."""
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Stop working on this request and free what it holds; the answer is then an ``Answer`` with status 499."""
+
+    rid: str
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """Finish what is in flight, take nothing new, then say goodbye."""
+
+
+class Alive(msgspec.Struct, frozen=True, kw_only=True, tag="alive"):
+    """The router's answer to a heartbeat."""
+
+
+ToWorker = Welcome | Refused | HelloAgain | Dispatch | Abort | Drain | Alive
