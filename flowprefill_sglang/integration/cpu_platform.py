@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+KV_POOL_TOKENS: Final = 65_536
+"""Default size of the KV pool. SGLang would take a fraction of the machine's free memory per server, and several
+servers share one machine here; ``--max-total-tokens`` changes it."""
 
 
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -13,6 +19,23 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:  # SGLang's settings, or a view of them
+        """Settings that a CPU needs unless the user gave others.
+
+        Overlap scheduling hides launch latency behind an asynchronous device, which a CPU is not, and its PD paths use
+        CUDA events. A decode instance keeps the KV of a retracted request in ordinary tensors: the host pool, which
+        SGLang would choose, is made of pinned memory. ``--dtype auto`` is float32: SGLang would run a float32 model in
+        float16, which CPUs compute several times slower, and whose rounding makes greedy output depend on how requests
+        were batched and chunked.
+        """
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
+        server_args.disable_overlap_schedule = True
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = KV_POOL_TOKENS
+        if server_args.disaggregation_mode == "decode" and server_args.disaggregation_decode_retraction_backup is None:
+            server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
 
     def get_device(self, device_id: int = 0) -> str:
         """The name, as ``DeviceMixin`` declares it; SGLang 0.5.23's CPU mixin returns a ``torch.device``, on which the

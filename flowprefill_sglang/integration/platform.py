@@ -11,12 +11,8 @@ SGLang loads the platform in every process, before it imports torchvision or tra
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from sglang.srt.platforms.interface import SRTPlatform
 
 _torchvision_schemas: list[torch.library.Library] = []  # keeps the registration alive; owned by this module
 

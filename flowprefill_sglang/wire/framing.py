@@ -25,7 +25,7 @@ Buffer = bytes | bytearray | memoryview
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)
 _to_worker = msgspec.msgpack.Decoder(ToWorker)
-_PAYLOAD_FRAMES: Final = {Dispatch: 1, Answer: 1}
+_PAYLOAD_FRAMES: Final[dict[type, int]] = {Dispatch: 1, Answer: 1}
 
 
 class MalformedMessage(PeerFault):

@@ -1,0 +1,122 @@
+"""One workload on one server, from the model's limits to the report: what ``demo`` does once a server is there."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from flowprefill_sglang.bench.client import RequestRecord, replay
+from flowprefill_sglang.bench.endpoints import ENDPOINTS
+from flowprefill_sglang.bench.objectives import (
+    REFERENCE,
+    Objective,
+    median_prompts,
+    scaled_objectives,
+    unscaled_objectives,
+)
+from flowprefill_sglang.bench.plan import PromptKind, plan_requests
+from flowprefill_sglang.bench.probe import ServedModel, fetch_model, measure_isolated_ttft
+from flowprefill_sglang.bench.report import Report, summarize, to_document
+from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.workload.trace import TraceRequest, cap_outputs, fitting_length_factor, scale_lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSettings:
+    """How to run a workload."""
+
+    endpoint: Literal["generate", "completions"] = "generate"
+    prompts: PromptKind = "bytes"
+    seed: int = 0
+    length_scale: float | None = None
+    """None: the largest factor up to 1 with which every prompt fits the model's context."""
+    max_output_tokens: int = 16
+    slo_factor: float | None = None
+    """Objectives are this many times the paper's; None: measure single requests first and scale by those."""
+    timeout_s: float = 300.0
+    """For one request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A workload that fits a server, and what is asked of the server."""
+
+    model: ServedModel
+    requests: tuple[TraceRequest, ...]
+    length_factor: float
+    objectives: dict[str, Objective]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    prepared: Prepared
+    records: list[RequestRecord]
+    report: Report
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON document, raw rows included."""
+        prepared = self.prepared
+        measured = any(o.isolated_ttft_ms is not None for o in prepared.objectives.values())
+        return to_document(self.report, prepared.objectives) | {
+            "length_factor": prepared.length_factor,
+            "objectives_reference": REFERENCE if measured else None,
+            "model": {"name": prepared.model.name, "max_context_tokens": prepared.model.max_context_tokens},
+            "records": [asdict(record) for record in self.records],
+        }
+
+
+async def prepare(url: str, requests: Sequence[TraceRequest], settings: ExperimentSettings) -> Prepared:
+    """Scale the workload to the server's model, and set objectives. Every request needs one of the four classes.
+
+    Raises PeerFault when the server does not answer single requests, BadInput when a stated length scale is too large
+    for its model.
+    """
+    model = await fetch_model(url)
+    context, output_tokens = model.max_context_tokens, settings.max_output_tokens
+    fitting = fitting_length_factor(requests, context, output_tokens)
+    factor = fitting if settings.length_scale is None else settings.length_scale
+    fitted = cap_outputs(scale_lengths(requests, factor), output_tokens)
+    longest = max(r.input_tokens + r.output_tokens for r in fitted)
+    if longest > context:
+        raise BadInput(
+            f"--length-scale {factor:g} makes a request of {longest} tokens, the model's context has {context}; "
+            f"the largest scale that fits is about {fitting:g}"
+        )
+    medians = median_prompts(fitted)
+    if settings.slo_factor is not None:
+        objectives = unscaled_objectives(settings.slo_factor)
+    else:
+        isolated_ttft_s = await measure_isolated_ttft(
+            url,
+            medians,
+            endpoint=ENDPOINTS[settings.endpoint],
+            model=model.name,
+            prompts=settings.prompts,
+            seed=settings.seed,
+        )
+        objectives = scaled_objectives(medians, isolated_ttft_s, factor)
+    return Prepared(model=model, requests=fitted, length_factor=factor, objectives=objectives)
+
+
+async def run(
+    url: str,
+    prepared: Prepared,
+    settings: ExperimentSettings,
+    on_record: Callable[[RequestRecord], None] | None = None,
+) -> Result:
+    """Replay the workload and sum it up. Request ids are new for each call."""
+    plan = plan_requests(
+        prepared.requests,
+        run_id=f"load-{uuid.uuid4().hex[:12]}",
+        seed=settings.seed,
+        endpoint=ENDPOINTS[settings.endpoint],
+        model=prepared.model.name,
+        prompts=settings.prompts,
+        objectives=prepared.objectives,
+    )
+    records = await replay(url, plan, timeout_s=settings.timeout_s, on_record=on_record)
+    return Result(prepared=prepared, records=records, report=summarize(records, prepared.objectives))

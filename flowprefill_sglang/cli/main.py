@@ -1,0 +1,84 @@
+"""The ``flowprefill`` command: one subcommand a role.
+
+Exit status 0 only when what was asked for was done, 1 when it failed, 2 for wrong use. Only the module of the chosen
+subcommand is imported, and only when it runs: SGLang's spawned children import this module again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from flowprefill_sglang.cluster.process import die_with_parent
+from flowprefill_sglang.errors import FlowPrefillError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: ``add_<name>_arguments(parser)`` and ``run_<name>(namespace) -> exit status`` of ``module``."""
+
+    module: str
+    help: str
+    passes_on: bool = False
+    """Whether flags that are not its own go to SGLang's servers, as ``namespace.rest``."""
+
+
+COMMANDS = {
+    "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True),
+    "demo": Command(module="demo", help="bring up a cluster, replay a workload, print a table"),
+    "router": Command(module="roles", help="run the router"),
+    "prefill": Command(module="roles", help="run a prefill worker", passes_on=True),
+    "decode": Command(module="roles", help="run a decode instance, which is stock SGLang", passes_on=True),
+    "version": Command(module="roles", help="print the versions that a bug report needs"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the process's exit status."""
+    die_with_parent()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = words[0] if words and words[0] in COMMANDS else None
+    parser, subparser = _parser(chosen)
+    namespace, rest = parser.parse_known_args(words)
+    if rest and (chosen is None or not COMMANDS[chosen].passes_on):
+        (subparser or parser).error(f"unrecognized arguments: {' '.join(rest)}")
+    namespace.rest = rest
+    try:
+        return _function(namespace.command, "run_{}")(namespace)
+    except FlowPrefillError as error:
+        print(f"flowprefill {namespace.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    parser = argparse.ArgumentParser(
+        prog="flowprefill",
+        description="FlowPrefill on SGLang: a router, preemptive prefill workers and KV handoff to decode instances.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparser = None
+    for name, command in COMMANDS.items():
+        added = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help.capitalize() + ".",
+            epilog="Other flags go to SGLang unchanged; 'sglang serve --help' lists them."
+            if command.passes_on
+            else None,
+            allow_abbrev=False,
+        )
+        if name == chosen:
+            subparser = added
+            _function(name, "add_{}_arguments")(added)
+    return parser, subparser
+
+
+def _function(name: str, pattern: str) -> Callable[..., int]:  # add_… takes a parser, run_… a namespace
+    module = import_module(f"flowprefill_sglang.cli.{COMMANDS[name].module}")
+    function: Callable[..., int] = getattr(module, pattern.format(name))
+    return function

@@ -1,0 +1,47 @@
+"""Work for a thread that sits in a ZeroMQ poll: calls put in by other threads, run by the one that owns the sockets."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable
+
+
+class Mailbox:
+    """``post`` from any thread; ``fileno`` becomes readable; the owner then calls ``run_all``."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+        os.set_blocking(self._write_end, False)
+
+    def fileno(self) -> int:
+        """Readable while calls are waiting."""
+        return self._read_end
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the owner run ``call``, after those posted before it."""
+        self._calls.put(call)
+        try:
+            os.write(self._write_end, b"\0")
+        except BlockingIOError:
+            pass  # the pipe is full, so the owner is awake already
+
+    def run_all(self) -> None:
+        """Run what was posted, in order. An exception of a call leaves the later ones for the next time."""
+        try:
+            os.read(self._read_end, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def close(self) -> None:
+        """Nothing is posted any more."""
+        os.close(self._read_end)
+        os.close(self._write_end)

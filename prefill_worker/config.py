@@ -1,0 +1,36 @@
+"""What a prefill worker is told at its start, apart from SGLang's own flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """One worker's link to its router."""
+
+    router: str
+    """ZeroMQ address of the router's worker port, e.g. ``tcp://10.0.0.1:30001``."""
+    name: str
+    """Unique within the cluster. Default: host name and process id, which a restart changes; an orchestrator should
+    give a stable one, so that a restarted worker replaces its former self at once."""
+    hello_retry_s: float = 1.0
+    """Pause between greetings while no router answers. A second: routers start slower than that, and a greeting is a
+    hundred bytes."""
+    leave_after_s: float = 30.0
+    """Longest wait for requests in flight once draining was asked for by the router. Longer than any prefill."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The worker's own flags; SGLang's are passed through."""
+    parser.add_argument("--router", required=True, metavar="tcp://HOST:PORT", help="the router's worker port")
+    parser.add_argument("--name", default=None, help="unique name of this worker (default: HOST-PID)")
+
+
+def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
+    """The configuration that the parsed flags describe."""
+    name = namespace.name or f"{socket.gethostname()}-{os.getpid()}"
+    return WorkerConfig(router=namespace.router, name=name)

@@ -1,0 +1,202 @@
+"""The link between a worker and its router: one task on the worker's event loop, one ZeroMQ DEALER socket.
+
+Owned by the task that runs ``Link.run``; woken by messages from the router, by answers of the engine and by the
+session's timer. All decisions are ``session.Session``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.session import Action, Cancel, Log, Prefill, Reconnect, Send, Session
+from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_to_worker, encode
+from flowprefill_sglang.wire.messages import Dispatch, Hello
+
+logger = logging.getLogger(__name__)
+
+PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+"""Handlers that a router may call; everything else goes to the worker's HTTP endpoint."""
+
+
+class Engine(Protocol):
+    """What the link needs of the model server behind it."""
+
+    async def request(
+        self, path: str, headers: Sequence[tuple[str, str]], body: Buffer, disconnected: asyncio.Event
+    ) -> tuple[int, str, bytes]:
+        """POST ``body`` to the engine's handler for ``path``: status, content type, body."""
+        ...
+
+    def abort(self, rid: str) -> None:
+        """Stop working on a request; unknown ids are ignored."""
+        ...
+
+    def is_stopping(self) -> bool:
+        """Whether the engine was told to stop."""
+        ...
+
+    def stop(self) -> None:
+        """Stop the engine, and with it this process."""
+        ...
+
+    async def hello(self, config: WorkerConfig) -> Hello:
+        """The facts about this worker."""
+        ...
+
+
+class _Running:
+    """A request inside the engine."""
+
+    def __init__(self, task: asyncio.Task[None], disconnected: asyncio.Event) -> None:
+        self.task = task
+        self.disconnected = disconnected
+
+
+class Link:
+    """Serves one router until drained, refused or cancelled."""
+
+    def __init__(self, config: WorkerConfig, engine: Engine) -> None:
+        self._config = config
+        self._engine = engine
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._running: dict[str, _Running] = {}
+
+    async def run(self) -> None:
+        """Greet the router and serve it until the link is over; the engine is then told to stop.
+
+        Raises PeerFault when the router refuses this worker, which greeting it again would not change.
+        """
+        loop = asyncio.get_running_loop()
+        hello = await self._engine.hello(self._config)
+        self._session = Session(
+            hello,
+            hello_retry_s=self._config.hello_retry_s,
+            leave_after_s=self._config.leave_after_s,
+            now=loop.time(),
+        )
+        logger.info("worker %s greets the router at %s", hello.name, self._config.router)
+        try:
+            self._connect()
+            await self._serve(loop.time)
+        finally:
+            await self._do(self._session.leave("the worker stops"))
+            for running in list(self._running.values()):
+                running.task.cancel()
+            self._context.destroy(linger=200)
+        self._engine.stop()
+        if self._session.refusal:
+            raise PeerFault(f"the router at {self._config.router} refused this worker: {self._session.refusal}")
+
+    async def _serve(self, clock: Callable[[], float]) -> None:
+        session = self._session
+        while not session.is_over:
+            wait_s = max(0.0, session.next_tick_at - clock())
+            if await self._readable(wait_s):
+                await self._receive_all(clock)
+            if self._engine.is_stopping():
+                await self._do(session.drain("the worker was told to stop", clock()))
+            if clock() >= session.next_tick_at:
+                self._repeat_aborts()
+                await self._do(session.tick(clock()))
+
+    async def _readable(self, wait_s: float) -> bool:
+        assert self._socket is not None
+        return bool(await self._socket.poll(timeout=int(wait_s * 1000) + 1))
+
+    async def _receive_all(self, clock: Callable[[], float]) -> None:
+        """Everything that is there: the socket is level-triggered and a burst should cost one wake-up."""
+        while not self._session.is_over and self._socket is not None:
+            try:
+                frames = await self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message, payload = decode_to_worker(frames)
+            except MalformedMessage as error:
+                logger.warning("dropped a message from the router: %s", error)
+                continue
+            await self._do(self._session.receive(message, payload, clock()))
+
+    async def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    await self._send(action)
+                case Prefill():
+                    self._start(action.dispatch, action.body)
+                case Cancel():
+                    self._cancel(action.rid)
+                case Reconnect():
+                    self._connect()
+                case Log():
+                    logger.warning("%s", action.text)
+
+    async def _send(self, action: Send) -> None:
+        assert self._socket is not None
+        try:
+            await self._socket.send_multipart(encode(action.message, *action.payload), zmq.NOBLOCK)
+        except zmq.Again:
+            # No router is connected (ZMQ_IMMEDIATE): what is said now would be stale when one is. The session greets
+            # again and the router fails over what it had sent here.
+            logger.debug("not sent, no router is connected: %s", type(action.message).__name__)
+
+    def _connect(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(self._config.router)
+        self._socket = socket
+
+    def _start(self, dispatch: Dispatch, body: Buffer) -> None:
+        disconnected = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(self._prefill(dispatch, body, disconnected))
+        self._running[dispatch.rid] = _Running(task, disconnected)
+
+    async def _prefill(self, dispatch: Dispatch, body: Buffer, disconnected: asyncio.Event) -> None:
+        rid = dispatch.rid
+        status, content_type = 404, "application/json"
+        answer = _error_body(f"a prefill worker does not serve {dispatch.path}", "not_found")
+        try:
+            if dispatch.path in PATHS:
+                status, content_type, answer = await self._engine.request(
+                    dispatch.path, dispatch.headers, body, disconnected
+                )
+        except Exception as error:
+            logger.exception("request %s failed inside SGLang", rid)
+            status, answer = 500, _error_body(f"{type(error).__name__}: {error}", "prefill_failed")
+        finally:
+            del self._running[rid]
+        if disconnected.is_set():
+            status, content_type, answer = 499, "application/json", _error_body("aborted", "aborted")
+        await self._do(self._session.answered(rid, status, content_type, answer))
+
+    def _cancel(self, rid: str) -> None:
+        running = self._running.get(rid)
+        if running is not None:
+            running.disconnected.set()
+            self._engine.abort(rid)
+
+    def _repeat_aborts(self) -> None:
+        """An abort that overtakes the request's own way to the scheduler finds nothing there, so it is said again."""
+        for rid, running in self._running.items():
+            if running.disconnected.is_set():
+                self._engine.abort(rid)
+
+
+def _error_body(message: str, code: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": code}}).encode()

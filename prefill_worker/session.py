@@ -1,0 +1,227 @@
+"""A worker's side of the protocol with its router: events in, actions out; no socket, no clock, no tasks.
+
+::
+
+    GREETING ──Welcome──▶ JOINED ──Drain / own shutdown──▶ DRAINING ──nothing in flight──▶ LEFT
+       ▲  │                  │                                 │
+       │  └──Refused──▶ REFUSED                                │
+       └──── router silent, or HelloAgain: requests in flight are dropped ◀──┘
+
+``REFUSED`` and ``LEFT`` are final. A router that forgot this worker has no client waiting for its answers, so what is
+in flight for it is aborted: the KV it holds is worth more than an answer that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from flowprefill_sglang.errors import InternalError
+from flowprefill_sglang.wire.framing import Buffer
+from flowprefill_sglang.wire.messages import (
+    Abort,
+    Alive,
+    Answer,
+    Dispatch,
+    Drain,
+    Draining,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloAgain,
+    Load,
+    Phase,
+    Progress,
+    Refused,
+    ToWorker,
+    Welcome,
+)
+
+
+class State(Enum):
+    """Where the link stands; the picture above is the transition table."""
+
+    GREETING = auto()
+    JOINED = auto()
+    DRAINING = auto()
+    REFUSED = auto()
+    LEFT = auto()
+
+
+_NEXT: dict[State, frozenset[State]] = {
+    State.GREETING: frozenset({State.JOINED, State.REFUSED, State.LEFT}),
+    State.JOINED: frozenset({State.GREETING, State.DRAINING, State.LEFT}),
+    State.DRAINING: frozenset({State.GREETING, State.LEFT}),
+    State.REFUSED: frozenset(),
+    State.LEFT: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a message to the router."""
+
+    message: FromWorker
+    payload: tuple[Buffer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Hand a request to SGLang."""
+
+    dispatch: Dispatch
+    body: Buffer
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop a request that was handed to SGLang."""
+
+    rid: str
+
+
+@dataclass(frozen=True)
+class Reconnect:
+    """Close the connection and open a new one: whatever is queued in it is out of date."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """Something an operator should read."""
+
+    text: str
+
+
+Action = Send | Prefill | Cancel | Reconnect | Log
+
+
+class Session:
+    """The state of one link. Owned by the worker's event loop; every method returns what to do next, in order.
+
+    ``now`` is a monotonic clock in seconds. ``next_tick_at`` says when ``tick`` wants to be called at the latest.
+    """
+
+    def __init__(self, hello: Hello, *, hello_retry_s: float, leave_after_s: float, now: float) -> None:
+        self.state = State.GREETING
+        self.in_flight: set[str] = set()
+        self.refusal = ""
+        self._hello = hello
+        self._hello_retry_s = hello_retry_s
+        self._leave_after_s = leave_after_s
+        self._heartbeat_interval_s = hello_retry_s
+        self._dead_after_s = 0.0
+        self._heard_at = now
+        self._leave_at = float("inf")
+        self.next_tick_at = now
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen on this link."""
+        return self.state in (State.REFUSED, State.LEFT)
+
+    def tick(self, now: float) -> list[Action]:
+        """Greet, beat, notice a silent router, leave when drained."""
+        if self.is_over:
+            self.next_tick_at = float("inf")
+            return []
+        if self.state is State.GREETING:
+            self.next_tick_at = now + self._hello_retry_s
+            return [Send(self._hello)]
+        if now - self._heard_at > self._dead_after_s:
+            silent_s = now - self._heard_at
+            return [Log(f"the router has been silent for {silent_s:.1f} s; greeting it again"), *self._greet_again(now)]
+        if self.state is State.DRAINING and (not self.in_flight or now >= self._leave_at):
+            return self.leave("drained" if not self.in_flight else "drained too slowly")
+        self.next_tick_at = now + self._heartbeat_interval_s
+        return [Send(Heartbeat(load=Load(in_flight=len(self.in_flight))))]
+
+    def receive(self, message: ToWorker, payload: Sequence[Buffer], now: float) -> list[Action]:
+        """One message from the router."""
+        if self.is_over:
+            return []
+        self._heard_at = now
+        match message:
+            case Welcome():
+                return self._welcomed(message, now)
+            case Refused():
+                self._move(State.REFUSED)
+                self.refusal = message.reason
+                return [Log(f"the router refused this worker: {message.reason}")]
+            case HelloAgain():
+                return [] if self.state is State.GREETING else self._greet_again(now)
+            case Dispatch():
+                return self._dispatched(message, payload[0])
+            case Abort():
+                return [Cancel(message.rid)] if message.rid in self.in_flight else []
+            case Drain():
+                return self.drain("asked by the router", now)
+            case Alive():
+                return []
+
+    def answered(self, rid: str, status: int, content_type: str, body: Buffer) -> list[Action]:
+        """SGLang is done with a request. Answers to requests that were dropped meanwhile go nowhere."""
+        if rid not in self.in_flight:
+            return []
+        self.in_flight.discard(rid)
+        phase = Phase.FINISHED if status < 400 else Phase.FAILED
+        actions: list[Action] = [
+            Send(Progress(rid=rid, phase=phase)),
+            Send(Answer(rid=rid, status=status, content_type=content_type), (body,)),
+        ]
+        if self.state is State.DRAINING and not self.in_flight:
+            actions += self.leave("drained")
+        return actions
+
+    def drain(self, reason: str, now: float) -> list[Action]:
+        """Take nothing new; leave once nothing is in flight."""
+        if self.state is State.GREETING:
+            return self.leave(reason)
+        if self.state is not State.JOINED:
+            return []
+        self._move(State.DRAINING)
+        self._leave_at = now + self._leave_after_s
+        actions: list[Action] = [Log(f"draining: {reason}"), Send(Draining(reason=reason))]
+        return actions if self.in_flight else [*actions, *self.leave("drained")]
+
+    def leave(self, reason: str) -> list[Action]:
+        """Say goodbye now. What is still in flight is cancelled."""
+        if self.is_over:
+            return []
+        greeted = self.state is not State.GREETING
+        self._move(State.LEFT)
+        actions: list[Action] = [Cancel(rid) for rid in sorted(self.in_flight)]
+        self.in_flight.clear()
+        return [*actions, Send(Goodbye(reason=reason))] if greeted else actions
+
+    def _welcomed(self, message: Welcome, now: float) -> list[Action]:
+        if self.state is not State.GREETING:
+            return []  # the answer to a greeting that was sent twice
+        self._move(State.JOINED)
+        self._heartbeat_interval_s = message.heartbeat_interval_s
+        self._dead_after_s = message.dead_after_s
+        self.next_tick_at = now + self._heartbeat_interval_s
+        return [Log(f"joined router {message.router}")]
+
+    def _dispatched(self, message: Dispatch, body: Buffer) -> list[Action]:
+        rid = message.rid
+        if self.state is not State.JOINED:
+            refusal = b'{"error":{"message":"this worker is draining","type":"server_error","code":"draining"}}'
+            return [Send(Answer(rid=rid, status=503), (refusal,))]
+        if rid in self.in_flight:
+            return [Log(f"request {rid} was dispatched twice; the second one is ignored")]
+        self.in_flight.add(rid)
+        return [Send(Progress(rid=rid, phase=Phase.QUEUED)), Prefill(message, body)]
+
+    def _greet_again(self, now: float) -> list[Action]:
+        self._move(State.GREETING)
+        cancelled = [Cancel(rid) for rid in sorted(self.in_flight)]
+        self.in_flight.clear()
+        self.next_tick_at = now + self._hello_retry_s
+        return [*cancelled, Reconnect(), Send(self._hello)]
+
+    def _move(self, state: State) -> None:
+        if state not in _NEXT[self.state]:
+            raise InternalError(f"a worker's link cannot go from {self.state.name} to {state.name}")
+        self.state = state

@@ -1,0 +1,92 @@
+"""The HTTP side: requests to be dispatched take a short way, everything else is an ordinary Starlette application.
+
+The short way is a raw ASGI callable without middleware, routing or request objects: it reads the body under its limit,
+parses it once, and hands it to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from flowprefill_sglang.errors import BadInput, FlowPrefillError
+from flowprefill_sglang.router.answers import Refusal, send_error
+from flowprefill_sglang.router.control import control_app
+from flowprefill_sglang.router.dispatcher import Dispatcher
+from flowprefill_sglang.router.http_client import Headers
+from flowprefill_sglang.router.pd_fields import parse
+
+DISPATCHED: Final = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+OPEN: Final = frozenset({"/health", "/liveness", "/readiness"})
+"""Answered without a key: probes have none."""
+PASSED_ON: Final = frozenset(
+    {b"authorization", b"x-request-id", b"traceparent", b"tracestate", b"x-smg-routing-key", b"x-override-priority"}
+)
+"""Request headers that both sides get."""
+
+
+class RouterApp:
+    """The router's ASGI application; makes no lifespan of its own, its owner opens and closes the dispatcher."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._max_body_bytes = dispatcher.config.max_body_bytes
+        key = dispatcher.config.api_key
+        self._expected = f"Bearer {key}".encode() if key else None
+        self._control: ASGIApp = control_app(dispatcher)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a websocket: uvicorn refuses it when the application ends without an answer
+            return
+        path = scope["path"]
+        try:
+            if self._expected is not None and path not in OPEN:
+                self._check_key(scope)
+            if path not in DISPATCHED:
+                await self._control(scope, receive, send)
+                return
+            if scope["method"] not in ("POST", "PUT"):
+                raise Refusal(
+                    f"{path} takes POST", status=405, code="method_not_allowed", headers=[(b"allow", b"POST")]
+                )
+            body = await self._read_body(scope, receive)
+            if body is not None:
+                headers: Headers = [pair for pair in scope["headers"] if pair[0] in PASSED_ON]
+                await self._dispatcher.serve(parse(path, body), headers, receive, send)
+        except FlowPrefillError as error:
+            await send_error(send, error)
+
+    def _check_key(self, scope: Scope) -> None:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if self._expected is None or not hmac.compare_digest(given, self._expected):
+            message = "an API key is required: Authorization: Bearer KEY" if not given else "the API key is wrong"
+            headers = [(b"www-authenticate", b"Bearer")]
+            raise Refusal(message, status=401, code="invalid_api_key", headers=headers)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None when the client left. Raises BadInput (413) as soon as it is known to be too long."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and int(value) > self._max_body_bytes:  # the server has checked that it is one
+                raise self._too_long()
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message["body"]
+            if len(body) > self._max_body_bytes:
+                raise self._too_long()
+            return body
+        chunks, length = [], 0
+        while message["type"] == "http.request":
+            chunks.append(message["body"])
+            length += len(message["body"])
+            if length > self._max_body_bytes:
+                raise self._too_long()
+            if not message.get("more_body"):
+                return b"".join(chunks)
+            message = await receive()
+        return None
+
+    def _too_long(self) -> BadInput:
+        message = f"the body is longer than {self._max_body_bytes} bytes (--max-body-bytes)"
+        return BadInput(message, status=413, code="body_too_large")

@@ -1,0 +1,126 @@
+"""The router's configuration: one frozen dataclass, from which the command-line flags are derived."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from flowprefill_sglang.errors import StartupError
+from flowprefill_sglang.router.policies import DEFAULT_POLICY, POLICIES
+
+
+def _option(default: Any, text: str, **extra: Any) -> Any:  # dataclasses.field() itself is typed as the field's type
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Everything a router needs to know. Raises StartupError for values that cannot work."""
+
+    host: str = _option("127.0.0.1", "address to serve HTTP on")
+    port: int = _option(30000, "port to serve HTTP on; 0 picks a free one")
+    worker_bind: str = _option(
+        "tcp://127.0.0.1:30100", "ZeroMQ endpoint that prefill workers connect to; keep it on a trusted network"
+    )
+    decode: tuple[str, ...] = _option((), "URL of a decode instance; repeat for more", metavar="URL")
+    prefill_policy: str = _option(DEFAULT_POLICY, "how a prefill worker is chosen", choices=tuple(POLICIES))
+    decode_policy: str = _option(DEFAULT_POLICY, "how a decode instance is chosen", choices=tuple(POLICIES))
+    max_concurrent_requests: int = _option(4096, "requests in the cluster at once; more wait in the queue")
+    queue_size: int = _option(1024, "requests that may wait; more are answered with 429")
+    queue_timeout_secs: float = _option(60.0, "longest wait in the queue, then 429")
+    request_timeout_secs: float = _option(1800.0, "longest life of a request, then 504")
+    connect_timeout_secs: float = _option(5.0, "longest wait for a TCP connection to a decode instance")
+    retry_max_retries: int = _option(2, "further pairs to try when a worker dies before the first token")
+    disable_retries: bool = _option(False, "never try another pair")
+    max_body_bytes: int = _option(64 * 1024 * 1024, "largest request body; larger ones are answered with 413")
+    max_answer_bytes: int = _option(1 << 30, "largest message of a prefill worker; prompt logprobs can be long")
+    heartbeat_interval_secs: float = _option(1.0, "how often prefill workers report")
+    heartbeat_dead_secs: float = _option(3.0, "silence after which a prefill worker counts as dead")
+    health_check_interval_secs: float = _option(5.0, "how often decode instances are checked once they are ready")
+    health_check_timeout_secs: float = _option(10.0, "longest wait for a decode instance's health answer")
+    health_failure_threshold: int = _option(3, "failed checks in a row after which a decode instance counts as dead")
+    drain_settle_secs: float = _option(0.0, "on shutdown: how long /readiness says no before new requests are refused")
+    shutdown_drain_secs: float = _option(30.0, "on shutdown: how long running requests may take to end")
+    api_key: str | None = _option(None, "key that clients must send as a bearer token; also sent to decode instances")
+    log_level: str = _option("info", "least serious log line to print", choices=("debug", "info", "warning", "error"))
+    log_json: bool = _option(False, "print log lines as JSON objects")
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise StartupError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if self.heartbeat_dead_secs <= self.heartbeat_interval_secs:
+            raise StartupError("--heartbeat-dead-secs must be longer than --heartbeat-interval-secs")
+        for name in ("prefill_policy", "decode_policy"):
+            if getattr(self, name) not in POLICIES:
+                raise StartupError(f"{_flag(name)} must be one of {', '.join(POLICIES)}, not {getattr(self, name)!r}")
+        for url in self.decode:
+            check_url(url)
+
+    @property
+    def retries(self) -> int:
+        return 0 if self.disable_retries else self.retry_max_retries
+
+
+_LEAST: Final = {
+    "port": 0,
+    "max_concurrent_requests": 1,
+    "queue_size": 0,
+    "queue_timeout_secs": 0,
+    "request_timeout_secs": 0.001,
+    "connect_timeout_secs": 0.001,
+    "retry_max_retries": 0,
+    "max_body_bytes": 1,
+    "max_answer_bytes": 1 << 16,
+    "heartbeat_interval_secs": 0.01,
+    "health_check_interval_secs": 0.01,
+    "health_check_timeout_secs": 0.01,
+    "health_failure_threshold": 1,
+    "drain_settle_secs": 0,
+    "shutdown_drain_secs": 0,
+}
+
+
+def check_url(url: str) -> str:
+    """A decode instance's URL without a trailing slash. Raises StartupError."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise StartupError(f"{url!r} is no URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise StartupError(f"{url!r} is no URL of a decode instance; expected http://HOST:PORT")
+    return url.rstrip("/")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of ``RouterConfig``, and ``--policy``, which sets both policies."""
+    for item in dataclasses.fields(RouterConfig):
+        options: dict[str, Any] = {key: value for key, value in item.metadata.items() if key != "help"}
+        options["help"] = item.metadata["help"]
+        if item.default is False:
+            options["action"] = "store_true"
+        elif isinstance(item.default, tuple):
+            options.update(action="append", default=None)
+        else:
+            options.update(default=item.default, type=str if item.default is None else type(item.default))
+            if item.default is not None:
+                options["help"] += " (default: %(default)s)"
+        parser.add_argument(_flag(item.name), **options)
+    parser.add_argument("--policy", choices=tuple(POLICIES), help="sets --prefill-policy and --decode-policy")
+
+
+def from_arguments(namespace: argparse.Namespace) -> RouterConfig:
+    """The configuration of parsed flags. Raises StartupError."""
+    values = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(RouterConfig)}
+    values["decode"] = tuple(check_url(url) for url in values["decode"] or ())
+    if namespace.policy is not None:
+        values["prefill_policy"] = values["decode_policy"] = namespace.policy
+    return RouterConfig(**values)

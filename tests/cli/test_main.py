@@ -1,0 +1,75 @@
+"""The command line as a shell sees it: exit statuses, and one line that says what is wrong."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowprefill_sglang.cli.main import COMMANDS
+
+
+def flowprefill(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flowprefill_sglang", *words], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_version_names_what_a_bug_report_needs() -> None:
+    done = flowprefill("version")
+    assert done.returncode == 0
+    for name in ("flowprefill-sglang", "sglang", "torch", "pyzmq", "python", "wire protocol"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(command: str) -> None:
+    done = flowprefill(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: flowprefill {command}")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("dance",), "invalid choice: 'dance'"),
+        (("version", "--dance"), "unrecognized arguments: --dance"),
+        (("up", "--prefill", "0"), "expected a whole number of at least 1, got 0"),
+        (("prefill",), "the following arguments are required: --router"),
+    ],
+)
+def test_wrong_use_is_status_2_and_says_what_was_expected(words: tuple[str, ...], expected: str) -> None:
+    done = flowprefill(*words)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_up_without_a_model_there(tmp_path: Path) -> None:
+    done = flowprefill("up", "--port", "0", "--model-path", str(tmp_path))
+    assert done.returncode == 1
+    assert f"no model at {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_up_on_a_port_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = flowprefill("up", "--port", str(port), "--model-path", str(tmp_path))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_up_quotes_the_process_that_could_not_start(tmp_path: Path) -> None:
+    """A model that SGLang cannot load: its own message, at once, and nothing left running."""
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_type"}')
+    done = flowprefill("up", "--port", "0", "--model-path", str(tmp_path))
+    assert done.returncode == 1
+    assert "ended with status" in done.stderr
+    assert "no_such_type" in done.stderr

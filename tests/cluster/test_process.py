@@ -1,0 +1,67 @@
+"""Children of a launcher: logged, ended with all they started, gone when the launcher is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flowprefill_sglang.cluster.process import ChildProcess
+
+
+def wait_for(condition, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_a_child_logs_and_reports_its_status(tmp_path: Path) -> None:
+    child = ChildProcess("v", ["version"], tmp_path / "v.log", {})
+    wait_for(lambda: child.exit_status is not None)
+    assert child.exit_status == 0
+    assert "flowprefill-sglang" in child.last_words()
+
+
+def test_wrong_use_is_seen_in_the_last_words(tmp_path: Path) -> None:
+    child = ChildProcess("v", ["version", "--nonsense"], tmp_path / "v.log", {})
+    wait_for(lambda: child.exit_status is not None)
+    assert child.exit_status == 2
+    assert "unrecognized arguments: --nonsense" in child.last_words()
+
+
+def test_a_child_dies_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """The launcher gets SIGKILL, so it can do nothing; the kernel ends its child."""
+    log = tmp_path / "router.log"
+    script = f"""
+import pathlib, sys, time
+from flowprefill_sglang.cluster.process import ChildProcess
+from flowprefill_sglang.cluster.launcher import free_ports
+http, worker = free_ports(2)
+child = ChildProcess("r", ["router", "--port", str(http), "--worker-bind", f"tcp://127.0.0.1:{{worker}}"],
+                     pathlib.Path({str(log)!r}), {{}})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        child_pid = int(launcher.stdout.readline())
+        try:
+            wait_for(lambda: log.exists() and log.stat().st_size > 0)  # past its first lines, so the kernel was asked
+            assert is_running(child_pid)
+            launcher.kill()
+            launcher.wait()
+            wait_for(lambda: not is_running(child_pid))
+        finally:
+            if is_running(child_pid):
+                os.kill(child_pid, signal.SIGKILL)

@@ -1,0 +1,149 @@
+"""requirements/install-cpu.sh, with an interpreter that only writes down what it was asked to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "requirements" / "install-cpu.sh"
+
+FAKE_PYTHON = """#!/bin/sh
+# Both the interpreter on PATH and the one inside the environment that it pretends to make.
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/pyvenv.cfg"; echo "venv" >> "$CALLS";;
+  "-m pip "*) echo "$*" >> "$CALLS"; [ -z "$FAIL_ON" ] || ! echo "$*" | grep -qe "$FAIL_ON";;
+  --version) echo "Python 3.11.0";;
+esac
+"""
+
+
+class Installer:
+    """A copied checkout with the script in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "checkout"
+        (self.root / "requirements").mkdir(parents=True)
+        self.script = self.root / "requirements" / SCRIPT.name
+        self.script.write_bytes(SCRIPT.read_bytes())
+        self.script.chmod(0o755)
+        for package in ("kernels", "prefill_worker", "router"):
+            (self.root / "flowprefill_sglang" / package).mkdir(parents=True)
+        self.python = folder / "fake-python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+        self.venv = self.root / ".venv"
+        self.stamp = self.venv / ".stamp-1"
+        self._calls = folder / "calls"
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        self._calls.write_text("")
+        settings = {
+            "PYTHON": str(self.python),
+            "CALLS": str(self._calls),
+            "FAIL_ON": "",
+            "TORCH_CPU_INDEX": "file:///t",
+        }
+        return subprocess.run(
+            [self.script, ".venv", ".venv/.stamp-1"],
+            env=os.environ | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self) -> list[str]:
+        """What the last run asked of the interpreter: "venv", or the arguments of a pip call."""
+        return self._calls.read_text().splitlines()
+
+
+@pytest.fixture
+def installer(tmp_path: Path) -> Installer:
+    return Installer(tmp_path)
+
+
+def test_torch_comes_first_and_sglang_without_dependencies(installer: Installer) -> None:
+    done = installer.run()
+    assert done.returncode == 0, done.stderr
+    venv, torch, sglang, ours = installer.calls()
+    assert venv == "venv"
+    assert torch.endswith("--requirement requirements/torch-cpu.txt")
+    assert "--no-deps" in sglang
+    assert "sglang-cpu.txt" in sglang
+    assert ours.endswith("--constraint requirements/torch-cpu.txt --editable .[cpu,dev]")
+    assert installer.stamp.exists()
+
+
+def test_pytorchs_own_index_is_asked_only_when_the_configured_one_has_no_cpu_build(installer: Installer) -> None:
+    installer.run()
+    assert not any("file:///t" in call for call in installer.calls())
+    installer.stamp.unlink()
+    # The second attempt fails too here, since it names the same file; what counts is that it was made, and where.
+    failed = installer.run(FAIL_ON="--requirement requirements/torch-cpu.txt")
+    assert failed.returncode != 0
+    assert [call.partition("--quiet ")[2] for call in installer.calls() if call != "venv"] == [
+        "--requirement requirements/torch-cpu.txt",
+        "--extra-index-url file:///t --requirement requirements/torch-cpu.txt",
+    ]
+
+
+@pytest.mark.parametrize("step", ["torch-cpu.txt", "sglang-cpu.txt", "editable"])
+def test_a_failed_installation_is_made_anew(installer: Installer, step: str) -> None:
+    assert installer.run(FAIL_ON=step).returncode != 0
+    assert not installer.stamp.exists()
+    (installer.venv / "half-written").touch()
+    assert installer.run().returncode == 0
+    assert installer.calls()[0] == "venv"
+    assert not (installer.venv / "half-written").exists()
+
+
+def test_changed_requirements_update_in_place(installer: Installer) -> None:
+    installer.run()
+    (installer.venv / "kept").touch()
+    assert installer.run().returncode == 0
+    assert "venv" not in installer.calls()
+    assert (installer.venv / "kept").exists()
+    assert installer.stamp.exists()
+
+
+def test_a_failed_update_is_made_anew(installer: Installer) -> None:
+    installer.run()
+    assert installer.run(FAIL_ON="sglang-cpu.txt").returncode != 0
+    assert installer.run().returncode == 0
+    assert installer.calls()[0] == "venv"
+
+
+def test_a_copied_environment_is_made_anew(installer: Installer) -> None:
+    installer.run()
+    installer.stamp.rename(installer.venv / ".stamp-2")  # another checkout's name for it
+    assert installer.run().returncode == 0
+    assert installer.calls()[0] == "venv"
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(installer: Installer) -> None:
+    installer.venv.mkdir()
+    (installer.venv / "precious").touch()
+    refused = installer.run()
+    assert refused.returncode != 0
+    assert "is no virtual environment" in refused.stderr
+    assert (installer.venv / "precious").exists()
+
+
+def test_unsuitable_python_is_named(installer: Installer) -> None:
+    refused = installer.run(PYTHON="/nowhere/python9")
+    assert refused.returncode != 0
+    assert "PYTHON=/nowhere/python9 is no Python 3.11 or newer" in refused.stderr
+    assert installer.calls() == []
+
+
+def test_lost_symbolic_links_are_explained(installer: Installer) -> None:
+    link = installer.root / "flowprefill_sglang" / "router"
+    link.rmdir()
+    link.write_text("../router")  # what git writes with core.symlinks=false
+    refused = installer.run()
+    assert refused.returncode != 0
+    assert "core.symlinks" in refused.stderr
+    assert installer.calls() == []

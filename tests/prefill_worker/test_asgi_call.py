@@ -1,0 +1,88 @@
+"""In-process calls against real Starlette applications."""
+
+import asyncio
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from flowprefill_sglang.prefill_worker.asgi_call import call
+
+
+async def echo(request: Request) -> JSONResponse:
+    document = {"body": (await request.body()).decode(), "key": request.headers.get("authorization")}
+    return JSONResponse(document, status_code=201)
+
+
+async def stream(request: Request) -> StreamingResponse:
+    async def parts():
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    return StreamingResponse(parts(), media_type="text/event-stream")
+
+
+async def wait_for_disconnect(request: Request) -> JSONResponse:
+    await request.body()
+    while not await request.is_disconnected():  # noqa: ASYNC110 - the way SGLang asks
+        await asyncio.sleep(0)
+    return JSONResponse({"gone": True})
+
+
+async def fail(request: Request) -> JSONResponse:
+    raise ZeroDivisionError("inside the handler")
+
+
+APP = Starlette(
+    routes=[
+        Route("/echo", echo, methods=["POST"]),
+        Route("/stream", stream, methods=["POST"]),
+        Route("/wait", wait_for_disconnect, methods=["POST"]),
+        Route("/fail", fail, methods=["POST"]),
+    ]
+)
+
+
+def post(path: str, body: bytes = b"", headers: tuple = (), disconnected: asyncio.Event | None = None):
+    return call(APP, "POST", path, headers, body, disconnected or asyncio.Event())
+
+
+def test_body_headers_and_status_pass_through() -> None:
+    status, content_type, body = asyncio.run(post("/echo", b"hello", (("authorization", "Bearer k"),)))
+    assert (status, content_type) == (201, "application/json")
+    assert body == b'{"body":"hello","key":"Bearer k"}'
+
+
+def test_a_memoryview_is_a_body_too() -> None:
+    _, _, body = asyncio.run(post("/echo", memoryview(b"hello")))
+    assert b'"hello"' in body
+
+
+def test_a_stream_is_joined() -> None:
+    status, content_type, body = asyncio.run(post("/stream"))
+    assert status == 200
+    assert content_type.startswith("text/event-stream")
+    assert body == b"data: 1\n\ndata: 2\n\n"
+
+
+def test_unknown_path_is_the_applications_404() -> None:
+    assert asyncio.run(post("/nothing"))[0] == 404
+
+
+def test_disconnect_is_seen_by_the_handler() -> None:
+    async def scenario() -> bytes:
+        disconnected = asyncio.Event()
+        task = asyncio.create_task(post("/wait", disconnected=disconnected))
+        await asyncio.sleep(0)
+        assert not task.done()
+        disconnected.set()
+        return (await asyncio.wait_for(task, 5))[2]
+
+    assert asyncio.run(scenario()) == b'{"gone":true}'
+
+
+def test_the_handlers_exception_arrives() -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(post("/fail"))
