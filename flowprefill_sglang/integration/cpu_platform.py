@@ -27,8 +27,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         CUDA events. A decode instance keeps the KV of a retracted request in ordinary tensors: the host pool, which
         SGLang would choose, is made of pinned memory. ``--dtype auto`` is float32: SGLang would run a float32 model in
         float16, which CPUs compute several times slower, and whose rounding makes greedy output depend on how requests
-        were batched and chunked.
+        were batched and chunked. A scheduler that has nothing at all to do waits for a message instead of spinning:
+        its core is somebody else's core here.
         """
+        server_args.sleep_on_idle = True
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
         server_args.disable_overlap_schedule = True

@@ -55,6 +55,7 @@ async def test_both_sides_get_the_same_body_with_the_pd_fields() -> None:
     async with bench() as one:
         status, answer = await one.generate(text="hällo", unknown_field={"a": [1, None]})
         assert (status, answer["text"]) == (200, "echo")
+        await until(lambda: one.prefill.bodies)
         (sent,), (prefilled,) = one.decode.bodies, one.prefill.bodies
         assert sent == prefilled
         assert sent["text"] == "hällo"
@@ -98,6 +99,7 @@ async def test_openai_paths_and_headers_are_passed_on() -> None:
             async with one.client.post(f"{one.url}{path}", json=body, headers=headers) as answer:
                 assert answer.status == 200
                 assert b"x" in await answer.read()
+            await until(lambda: len(one.prefill.bodies) == len(one.decode.bodies))  # noqa: B023
             dispatch = one.prefill.heard(Dispatch)[-1]
             assert dispatch.path == path
             assert dict(dispatch.headers) == {"x-request-id": "r1", "traceparent": "t1"}
@@ -114,6 +116,7 @@ async def test_a_batch_gets_a_room_and_a_rid_for_each_prompt() -> None:
         assert sent["rid"] == ["mine_0", "mine_1", "mine_2"]
         assert len(set(sent["bootstrap_room"])) == 3
         assert sent["bootstrap_port"] == [8998] * 3
+        await until(lambda: one.prefill.bodies)
         assert one.prefill.heard(Dispatch)[0].rid == "mine"
 
 
@@ -142,7 +145,7 @@ def test_a_prefill_refusal_is_the_answer_and_decode_is_aborted(stream: bool) -> 
         async with bench(prefill=lambda dispatch, body: (400, words), decode=never) as one:
             async with one.client.post(f"{one.url}/generate", json={"text": "x", "stream": stream}) as answer:
                 assert (answer.status, await answer.read()) == (400, words)
-            (rid,) = (body["rid"] for body in one.prefill.bodies)
+            rid = one.prefill.bodies[0]["rid"]
             await until(lambda: not one.decode.bodies or one.decode.aborted == one.decode.cut == [rid])
             assert one.outcomes() == {"rejected": 1}
 
