@@ -1,8 +1,8 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv first if it has to.
 #
-# Variables: PYTHON=python3.12       interpreter for .venv (default: the first Python >= 3.11 on PATH)
+# Variables: PYTHON=python3.12       interpreter for .venv (default: the first one from Python 3.11 on PATH)
 #            TORCH_CPU_INDEX=URL     where to find a CPU build of PyTorch when the configured package index has none
-#            ARGS='--duration-s 10'  passed on to `flowprefill demo` and to pytest
+#            ARGS='--json out.json'  passed on to `flowprefill demo` and to pytest
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -16,7 +16,8 @@ BIN := $(VENV)/bin
 # The name carries the checkout's path: a copied or moved checkout has no valid stamp and makes its own environment,
 # since the editable installation in the copied one would silently run the code of the other checkout.
 STAMP := $(VENV)/.stamp-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
-BENCHMARKS = $(wildcard benchmarks/bench_*.py)
+# A benchmark is a script that writes its result to --json FILE; what they share lies beside them.
+BENCHMARKS = $(shell grep -l -e '"--json"' benchmarks/*.py)
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,4 +57,4 @@ clean: ## Remove build results and caches
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV).*

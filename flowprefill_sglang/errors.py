@@ -10,7 +10,8 @@
     ├── BadInput         the caller must change it  400 (404, 413, 422 where HTTP has a better word)
     └── StartupError     this process cannot run here; its message says what to do; never sent to a client
 
-``status`` is the HTTP status a router answers with, ``code`` a stable word for programs (OpenAI's error ``code`` field).
+``status`` is the HTTP status that a router answers with, ``code`` a stable word for programs (the ``code`` of OpenAI's
+error body).
 """
 
 from __future__ import annotations

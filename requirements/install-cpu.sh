@@ -38,11 +38,27 @@ for package in kernels prefill_worker router; do
     "its symbolic links; run 'git config core.symlinks true && git checkout -- flowprefill_sglang'"
 done
 
+# One installation at a time. pip inherits the lock, so a make that was killed keeps it until its pip has ended as well.
+exec {lock}>"$venv.lock"
+if ! flock --nonblock "$lock"; then
+  say "waiting for another installation into $venv"
+  flock "$lock"
+fi
+if [ -f "$stamp" ] && [ -z "$(find pyproject.toml requirements -type f -newer "$stamp")" ]; then
+  exit 0 # somebody else has just done it
+fi
+
 if [ ! -f "$stamp" ]; then
   [ ! -e "$venv" ] || [ -f "$venv/pyvenv.cfg" ] || fail "$venv exists and is no virtual environment; move it away"
   python=$(find_python)
-  say "new virtual environment $venv with $("$python" --version)"
-  rm -rf "$venv"
+  say "new virtual environment $venv with $("$python" --version); this takes a few minutes"
+  # Out of the way in one step, and recognisable from the first moment, so that an interruption here is no trouble.
+  rm -rf "$venv.discarded"
+  [ ! -e "$venv" ] || mv "$venv" "$venv.discarded"
+  rm -rf "$venv.discarded" "$venv.new"
+  mkdir "$venv.new"
+  touch "$venv.new/pyvenv.cfg"
+  mv "$venv.new" "$venv"
   "$python" -m venv "$venv"
 fi
 rm -f "$venv"/.stamp-*

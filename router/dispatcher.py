@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -180,7 +181,7 @@ class Dispatcher:
         if log.isEnabledFor(level):
             event(
                 log, level, "request_ended", rid=handling.rid, outcome=exchange.outcome, attempts=exchange.attempts,
-                wall_ms=round((self.loop.time() - handling.received_at) * 1000, 1), error=exchange.error or "",
+                wall_ms=round((time.monotonic() - handling.received_at) * 1000, 1), error=exchange.error or "",
             )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ class Outcome(StrEnum):
     ABORTED = "aborted"
     """By ``/abort_request``, or by the router's own shutdown."""
     CLIENT_GONE = "client_gone"
+    INTERNAL_ERROR = "internal_error"
+    """Our bug."""
     SHED = "shed"
     """Never dispatched: no worker, no place in the queue, or refused by the router itself."""
 
@@ -108,7 +110,7 @@ class Exchange:
 
     def decode_streams(self) -> Steps:
         """The decode side began to answer with a stream, which is passed on from here."""
-        if self.decode is not Side.WORKING or self.outcome is not None:
+        if self.decode is not Side.WORKING or self.outcome is not None or self.answering:
             return ()
         self.answering = True
         return (Step.RELAY,)
@@ -171,6 +173,10 @@ class Exchange:
             return ()
         error = TooLate("the request was aborted", status=CLIENT_CLOSED, code="aborted")
         return (*self._stop_both(), *self._end(Outcome.ABORTED, error))
+
+    def broke(self, error: InternalError) -> Steps:
+        """The shell itself failed."""
+        return () if self.outcome is not None else (*self._stop_both(), *self._end(Outcome.INTERNAL_ERROR, error))
 
     def _fail(self, outcome: Outcome, error: PeerFault, *, may_retry: bool = False) -> Steps:
         stops = self._stop_both()

@@ -9,17 +9,20 @@ the decode side wait in ``_chunks``; above ``HIGH_WATER_BYTES`` its connection i
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from starlette.types import Receive
 from starlette.types import Send as AsgiSend
 
-from flowprefill_sglang.errors import FlowPrefillError, PeerFault, TooLate
+from flowprefill_sglang.errors import FlowPrefillError, InternalError, PeerFault, TooLate
 from flowprefill_sglang.router.answers import Refusal, error_event, send_error, send_whole
 from flowprefill_sglang.router.decode_registry import DecodeInstance
 from flowprefill_sglang.router.exchange import Exchange, Side, Step, Steps
 from flowprefill_sglang.router.http_client import Connection, Headers
+from flowprefill_sglang.router.log import FIELDS
 from flowprefill_sglang.router.merge import LogprobMerger, stream_error_status
 from flowprefill_sglang.router.pd_fields import ParsedRequest, rids, with_pd_fields
 from flowprefill_sglang.router.registry import PrefillWorker
@@ -28,6 +31,8 @@ from flowprefill_sglang.wire.messages import Answer, Dispatch
 
 if TYPE_CHECKING:
     from flowprefill_sglang.router.dispatcher import Dispatcher
+
+log = logging.getLogger(__name__)
 
 HIGH_WATER_BYTES: Final = 256 * 1024
 ABORT_GRACE_S: Final = 5.0
@@ -69,7 +74,7 @@ class Handling:
         self._receive = receive
         self._send = send
         self._loop = dispatcher.loop
-        self.received_at = self._loop.time()
+        self.received_at = time.monotonic()  # the loop's own clock may tick in milliseconds
         self._wake: asyncio.Future[None] | None = None
         self._news = False
         self._place: asyncio.Future[None] | None = None
@@ -139,8 +144,14 @@ class Handling:
                     return
                 self._release_pair()
                 self._dispatcher.retries += 1
+        except Exception as error:  # the edge of this request: neither side may be left waiting
+            log.exception("request_broke", extra={FIELDS: {"rid": self.rid}})
+            self._do(self.exchange.broke(InternalError(f"the router failed: {type(error).__name__}")))
+            if self._head_sent:
+                raise  # closes the connection
+            await self._conclude()
         finally:
-            self._do(self.exchange.client_gone())  # only has an effect when the coroutine was ended from outside
+            self._do(self.exchange.client_gone())  # only has an effect when the coroutine was cancelled
 
     async def _attempt(self) -> None:
         """Give the request to both sides of a pair."""
@@ -164,7 +175,7 @@ class Handling:
             rid=self._link_rid,
             path=self._request.path,
             headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in self._headers],
-            age_s=self._loop.time() - self.received_at,
+            age_s=time.monotonic() - self.received_at,
         )
         text_bytes = self._request.prompt_bytes if self._request.exact_tokens is None else 0
         self._dispatcher.links.dispatch(

@@ -8,14 +8,14 @@ import sys
 import time
 from typing import Any
 
-_FIELDS = "flowprefill_fields"
+FIELDS = "flowprefill_fields"
 _QUOTED = set(' ="')
 
 
 def event(log: logging.Logger, level: int, name: str, **fields: object) -> None:
     """Log one event. Costs next to nothing when its level is off."""
     if log.isEnabledFor(level):
-        log.log(level, name, extra={_FIELDS: fields})
+        log.log(level, name, extra={FIELDS: fields})
 
 
 def set_up(*, level: str, as_json: bool) -> None:
@@ -35,7 +35,7 @@ class PlainLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [_time(record), record.levelname, record.getMessage()]
-        for name, value in getattr(record, _FIELDS, {}).items():
+        for name, value in getattr(record, FIELDS, {}).items():
             text = str(value)
             is_plain = text and text.isprintable() and not set(text) & _QUOTED
             parts.append(f"{name}={text if is_plain else json.dumps(text)}")
@@ -49,7 +49,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {"time": _time(record), "level": record.levelname, "event": record.getMessage()}
-        line |= {name: _plain(value) for name, value in getattr(record, _FIELDS, {}).items()}
+        line |= {name: _plain(value) for name, value in getattr(record, FIELDS, {}).items()}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -91,6 +91,8 @@ class ParsedRequest:
 def parse(path: str, body: bytes) -> ParsedRequest:
     """Read a request's body once. Raises BadInput when it is no JSON object, or what the router needs is malformed."""
     try:
+        if not body.isascii():
+            body.decode()  # the decoder skips what it is not asked for, unread
         fields = _body_decoder.decode(body)
     except msgspec.ValidationError as error:
         raise BadInput(f"the body must be a JSON object: {error}") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import signal
 import socket
 import sys
 from collections.abc import Iterator
+from typing import Final
 
 import uvicorn
 
@@ -20,7 +22,7 @@ from flowprefill_sglang.router.dispatcher import Dispatcher
 from flowprefill_sglang.router.log import event, set_up
 
 log = logging.getLogger(__name__)
-LISTEN_BACKLOG = 2048
+LISTEN_BACKLOG: Final = 2048
 
 
 class _Server(uvicorn.Server):
@@ -66,6 +68,7 @@ class Router:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=75,
                 backlog=LISTEN_BACKLOG,
             )
@@ -102,7 +105,7 @@ def run(config: RouterConfig) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts the draining short. Returns the exit status."""
     set_up(level=config.log_level, as_json=config.log_json)
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_serve(config))
     except StartupError as error:
         print(f"flowprefill router: {error}", file=sys.stderr)
@@ -121,11 +124,13 @@ async def _serve(config: RouterConfig) -> None:
         loop.add_signal_handler(number, on_signal)
     router = Router(config)
     await router.start()
+    gc.freeze()  # modules and code need no further look: full collections would pause every request
     await stop.wait()
     await router.stop(hurry=hurry)
 
 
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+def loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """The event loop that routers run on: uvloop's, or asyncio's own where there is none."""
     try:
         import uvloop
     except ImportError:  # not available on every platform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flowprefill_sglang.bench.client import RequestRecord, replay
@@ -64,7 +65,7 @@ class Result:
         return to_document(self.report, prepared.objectives) | {
             "length_factor": prepared.length_factor,
             "objectives_reference": REFERENCE if measured else None,
-            "model": {"name": prepared.model.name, "max_context_tokens": prepared.model.max_context_tokens},
+            "model": {"name": Path(prepared.model.name).name, "max_context_tokens": prepared.model.max_context_tokens},
             "records": [asdict(record) for record in self.records],
         }
 

@@ -157,7 +157,7 @@ def to_document(report: Report, objectives: Mapping[str, Objective]) -> dict[str
 def to_table(report: Report, objectives: Mapping[str, Objective]) -> Table:
     """The same for people; what does not fit a row of a class is in the caption."""
     table = Table(title="Time to first token")
-    for heading in ("class", "requests", "succeeded", "objective", "p50", "p90", "p99", "attained"):
+    for heading in ("class", "sent", "ok", "objective", "p50", "p90", "p99", "attained"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for c in report.classes:
         times = [_milliseconds(x) for x in (c.slo_ms, c.ttft_p50_ms, c.ttft_p90_ms, c.ttft_p99_ms)]

@@ -25,7 +25,7 @@ from flowprefill_sglang.bench.objectives import REFERENCE
 from flowprefill_sglang.bench.provenance import provenance
 from flowprefill_sglang.bench.report import to_table
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
-from flowprefill_sglang.errors import BadInput, PeerFault
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
 from flowprefill_sglang.workload.generator import generate_workload
@@ -155,15 +155,20 @@ async def _run(namespace: argparse.Namespace, requests: Sequence[TraceRequest], 
     report = result.report
     console.print(to_table(report, result.prepared.objectives))
     for error, count in report.errors[:5]:
-        console.print(f"{count} × {escape(error)}", style="red")
+        console.print(f"{count} × {escape(error)}", style="red", soft_wrap=True)
     if report.is_client_late:
         console.print(
             f"the load client was late: 1% of the requests left over {report.late_p99_ms:.0f} ms after their time, "
             "so that the load was not quite the one asked for",
             style="yellow",
+            soft_wrap=True,
         )
     if namespace.json is not None:
-        document = result.to_document() | {"workload": about, "server": server} | provenance(sys.argv, started)
+        document = (
+            result.to_document()
+            | {"workload": about, "server": server}
+            | provenance(["flowprefill", *sys.argv[1:]], started)
+        )
         _write_json(namespace.json, document)
     return 0 if report.succeeded == report.requests else 1
 
@@ -181,40 +186,34 @@ async def _server(
         prefill=namespace.prefill or DEFAULT_PREFILL,
         decode=namespace.decode or DEFAULT_DECODE,
     )
-    console.print(f"starting 1 router, {spec.prefill} prefill and {spec.decode} decode; model {spec.model_path.name}")
-    status = console.status("loading")
+    console.print(
+        f"starting 1 router, {spec.prefill} prefill and {spec.decode} decode; model {spec.model_path.name}",
+        soft_wrap=True,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        with console.status("loading") as status:
 
-    def show(event: LaunchEvent) -> None:
-        status.update(f"{event.elapsed_s:.0f} s: {event.name} {event.state}")
-        if event.state in ("ready", "failed"):
-            console.print(f"  {event.name:<10} {event.state} after {event.elapsed_s:.1f} s")
+            def show(event: LaunchEvent) -> None:
+                status.update(f"{event.elapsed_s:.0f} s: {event.name} {event.state}")
+                if event.state in ("ready", "failed"):
+                    console.print(f"  {event.name:<10} {event.state:<6} after {event.elapsed_s:.1f} s")
 
-    with status:
-        cluster = LocalCluster(spec, show)
-        try:
-            await cluster.start()
-        except BaseException:
-            await cluster.stop(keep_logs=True)
-            raise
-        status.stop()
-        try:
-            yield cluster.url, cluster, {"prefill": spec.prefill, "decode": spec.decode}
-        finally:
-            await cluster.stop()
+            cluster = await stack.enter_async_context(LocalCluster(spec, show))
+        yield cluster.url, cluster, {"prefill": spec.prefill, "decode": spec.decode}
 
 
 async def _while_alive(cluster: LocalCluster, work: asyncio.Task[Result]) -> Result:
-    """The work's result. Raises PeerFault when a process of the cluster ends before it is done."""
-    death = asyncio.create_task(cluster.wait_for_a_death())
+    """The work's result. Raises PeerFault when the cluster cannot serve any more before it is done."""
+    watching = asyncio.create_task(cluster.watch())
     try:
-        await asyncio.wait([work, death], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, watching], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise PeerFault(death.result())
-        return work.result()
+            await watching  # raises: it returns for no other reason
+        return await work
     finally:
-        for task in (work, death):
+        for task in (work, watching):
             task.cancel()
-        await asyncio.wait([work, death])
+        await asyncio.gather(work, watching, return_exceptions=True)
 
 
 async def _replay(
@@ -244,9 +243,12 @@ def _print_plan(prepared: Prepared, name: str, console: Console) -> None:
     tokens = sum(r.input_tokens for r in requests)
     console.print(
         f"workload: {escape(name)}: {len(requests)} requests in {requests[-1].arrival_s:.0f} s, "
-        f"{tokens:,} prompt tokens, lengths × {factor:g}"
+        f"{tokens:,} prompt tokens, lengths × {factor:g}",
+        soft_wrap=True,
     )
-    console.print(f"objectives, scaled from {REFERENCE} by what single requests take here:")
+    measured = any(o.isolated_ttft_ms is not None for o in prepared.objectives.values())
+    basis = f"what single requests take here / on {REFERENCE}" if measured else "the stated factor"
+    console.print(f"TTFT objectives: the paper's × {basis}", soft_wrap=True)
     for class_name, objective in prepared.objectives.items():
         console.print(f"  {class_name:<7} {objective.class_slo_ms:5.0f} ms × {objective.factor:.3f}")
 

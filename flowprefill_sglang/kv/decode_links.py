@@ -210,8 +210,6 @@ class DecodeLinks:
             elif link is None:
                 raise LinkFault("a message before the handshake")
             else:
-                if isinstance(message, Chunk):
-                    link.credit.receive()
                 self._payload(identity, link, message, frames[1])
                 if isinstance(message, Chunk):
                     link.credit.finish()

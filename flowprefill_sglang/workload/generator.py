@@ -9,7 +9,7 @@ from flowprefill_sglang.workload.classes import CLASSES, RequestClass
 from flowprefill_sglang.workload.trace import MIN_PROMPT_TOKENS, Trace, TraceRequest
 
 
-def generate_workload(*, requests: int, rate_rps: float, seed: int, output_tokens: int = 16) -> Trace:
+def generate_workload(*, requests: int, rate_rps: float, seed: int, output_tokens: int = 64) -> Trace:
     """``requests`` requests at ``rate_rps`` on average, with lengths for the reference model (scale them to yours).
 
     The classes' shares hold exactly, up to rounding: a short run would otherwise often lack the rare long prompts that

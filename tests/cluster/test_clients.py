@@ -69,15 +69,15 @@ def test_frontend_language(cluster: Cluster) -> None:
     sgl.set_default_backend(backend)
 
     @sgl.function
-    def program(state, name):
-        state += f"My name is {name}."
-        state += sgl.gen("greeting", max_tokens=8, temperature=0)
-        branches = state.fork(2)
+    def program(s, name):
+        s += f"My name is {name}."
+        s += sgl.gen("greeting", max_tokens=8, temperature=0)
+        branches = s.fork(2)
         for number, branch in enumerate(branches):
             branch += f" Branch {number}:"
             branch += sgl.gen("word", max_tokens=6, temperature=0)
-        state += branches[0]["word"] + branches[1]["word"]
-        state += " The answer is " + sgl.select("answer", choices=["yes", "no", "perhaps"])
+        s += branches[0]["word"] + branches[1]["word"]
+        s += " The answer is " + sgl.select("answer", choices=["yes", "no", "perhaps"])
 
     result = program.run(name="Ada")
     assert len(result["greeting"]) == 8

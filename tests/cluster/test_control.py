@@ -1,5 +1,10 @@
 """The router's endpoints that are not inference."""
 
+import http.client
+import json
+import threading
+from urllib.parse import urlsplit
+
 import pytest
 
 from flowprefill_testing import prompts
@@ -7,6 +12,8 @@ from flowprefill_testing.clusters import Cluster, wait_until
 from flowprefill_testing.http import generate, get, post, request
 
 pytestmark = pytest.mark.cluster
+
+JSON = {"content-type": "application/json"}
 
 
 def test_health_and_readiness(cluster: Cluster) -> None:
@@ -42,8 +49,6 @@ def test_flush_cache_really_flushes(cluster: Cluster) -> None:
 
 
 def test_abort_request_ends_it_on_both_sides(cluster: Cluster) -> None:
-    import threading
-
     rid = "to-be-aborted"
     outcome: list = []
     body = {
@@ -54,17 +59,13 @@ def test_abort_request_ends_it_on_both_sides(cluster: Cluster) -> None:
     asking = threading.Thread(target=lambda: outcome.append(post(f"{cluster.url}/generate", body)))
     asking.start()
     wait_until(lambda: _in_flight(cluster) > 0, timeout_s=30)
-    assert post(f"{cluster.url}/abort_request", {"rid": rid})[0] == 200
+    assert request("POST", f"{cluster.url}/abort_request", json.dumps({"rid": rid}).encode(), JSON)[0] == 200
     asking.join(30)
     assert not asking.is_alive(), "the client of an aborted request is answered"
     _wait_idle(cluster)
 
 
 def test_a_client_that_goes_away_frees_both_sides(cluster: Cluster) -> None:
-    import http.client
-    import json
-    from urllib.parse import urlsplit
-
     parts = urlsplit(cluster.url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
     body = {

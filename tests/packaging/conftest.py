@@ -19,7 +19,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
-MADE_BY_TOOLS = (".venv", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", ".hypothesis")
+MADE_BY_TOOLS = (".venv*", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", ".hypothesis")
 """What is in a checkout and not in a clone; the short form of .gitignore for where there is no git."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -31,6 +32,7 @@ class Installer:
         self.script.chmod(0o755)
         for package in ("kernels", "prefill_worker", "router"):
             (self.root / "flowprefill_sglang" / package).mkdir(parents=True)
+        (self.root / "pyproject.toml").touch()
         self.python = folder / "fake-python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
@@ -38,7 +40,7 @@ class Installer:
         self.stamp = self.venv / ".stamp-1"
         self._calls = folder / "calls"
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(self, **environment: str) -> subprocess.Popen[str]:
         self._calls.write_text("")
         settings = {
             "PYTHON": str(self.python),
@@ -46,14 +48,23 @@ class Installer:
             "FAIL_ON": "",
             "TORCH_CPU_INDEX": "file:///t",
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [self.script, ".venv", ".venv/.stamp-1"],
             env=os.environ | settings | environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
-            check=False,
         )
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(**environment)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def change_requirements(self) -> None:
+        """Make the requirements newer than the stamp."""
+        later = self.stamp.stat().st_mtime + 1
+        os.utime(self.root / "pyproject.toml", (later, later))
 
     def calls(self) -> list[str]:
         """What the last run asked of the interpreter: "venv", or the arguments of a pip call."""
@@ -103,6 +114,7 @@ def test_a_failed_installation_is_made_anew(installer: Installer, step: str) -> 
 def test_changed_requirements_update_in_place(installer: Installer) -> None:
     installer.run()
     (installer.venv / "kept").touch()
+    installer.change_requirements()
     assert installer.run().returncode == 0
     assert "venv" not in installer.calls()
     assert (installer.venv / "kept").exists()
@@ -111,8 +123,37 @@ def test_changed_requirements_update_in_place(installer: Installer) -> None:
 
 def test_a_failed_update_is_made_anew(installer: Installer) -> None:
     installer.run()
+    installer.change_requirements()
     assert installer.run(FAIL_ON="sglang-cpu.txt").returncode != 0
     assert installer.run().returncode == 0
+    assert installer.calls()[0] == "venv"
+
+
+def test_leftovers_of_an_interrupted_removal_do_no_harm(installer: Installer) -> None:
+    for leftover in (".venv.discarded", ".venv.new", ".venv"):
+        (installer.root / leftover / "bin").mkdir(parents=True)
+    (installer.venv / "pyvenv.cfg").touch()  # what the script puts there before anything else
+    done = installer.run()
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in installer.root.glob(".venv*")) == [".venv", ".venv.lock"]
+
+
+def test_nothing_is_done_twice(installer: Installer) -> None:
+    installer.run()
+    assert installer.run().returncode == 0
+    assert installer.calls() == []
+
+
+def test_a_second_installation_waits_for_the_first(installer: Installer) -> None:
+    """Also for a pip whose make was killed: it writes into the same folder."""
+    with open(installer.root / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = installer.start()
+        assert second.stdout is not None
+        assert "waiting for another installation" in second.stdout.readline()
+        assert installer.calls() == []
+    output, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, output + errors
     assert installer.calls()[0] == "venv"
 
 

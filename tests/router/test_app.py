@@ -99,7 +99,7 @@ async def test_openai_paths_and_headers_are_passed_on() -> None:
             async with one.client.post(f"{one.url}{path}", json=body, headers=headers) as answer:
                 assert answer.status == 200
                 assert b"x" in await answer.read()
-            await until(lambda: len(one.prefill.bodies) == len(one.decode.bodies))  # noqa: B023
+            await until(lambda: len(one.prefill.bodies) == len(one.decode.bodies))
             dispatch = one.prefill.heard(Dispatch)[-1]
             assert dispatch.path == path
             assert dict(dispatch.headers) == {"x-request-id": "r1", "traceparent": "t1"}
@@ -270,7 +270,9 @@ def test_a_client_that_leaves_aborts_both_sides(stream: bool) -> None:
             await until(lambda: one.decode.bodies)
             asked.cancel()
             rid = one.prefill.bodies[0]["rid"]
-            await until(lambda: one.prefill.aborted == [rid] and one.decode.aborted == [rid] and one.decode.cut == [rid])
+            await until(
+                lambda: one.prefill.aborted == [rid] and one.decode.aborted == [rid] and one.decode.cut == [rid]
+            )
             assert one.outcomes() == {"client_gone": 1}
 
     scenario()
@@ -409,6 +411,7 @@ async def test_a_full_queue_is_a_429_and_a_waiting_client_may_leave() -> None:
         waiting = asyncio.create_task(one.generate())
         await until(lambda: core.admission.waiting == 1)
         one.decode.behave = _say("next")
+        one.prefill.behave = lambda dispatch, body: (200, good_prefill_answer(body))
         running.cancel()
         assert (await waiting)[1]["text"] == "next"
 
@@ -460,7 +463,10 @@ async def test_workers_find_a_restarted_router_again() -> None:
     try:
         await until(lambda: len(worker.heard(Welcome)) == 2)
         await until(second.dispatcher.is_ready)
-        async with aiohttp.ClientSession() as client, client.post(f"{second.url}/generate", json={"text": "x"}) as answer:
+        async with (
+            aiohttp.ClientSession() as client,
+            client.post(f"{second.url}/generate", json={"text": "x"}) as answer,
+        ):
             assert answer.status == 200
     finally:
         await worker.die()

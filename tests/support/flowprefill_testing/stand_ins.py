@@ -20,7 +20,7 @@ import zmq.asyncio
 from aiohttp import web
 
 from flowprefill_sglang.router.config import RouterConfig
-from flowprefill_sglang.router.server import Router
+from flowprefill_sglang.router.server import Router, loop_factory
 from flowprefill_sglang.wire.framing import decode_to_worker, encode
 from flowprefill_sglang.wire.messages import (
     PROTOCOL_VERSION,
@@ -43,7 +43,7 @@ TEST_TIMEOUT_S = 30.0
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an async test in a loop of its own, with a time limit."""
+    """Run an async test in an event loop of its own, of the router's kind, with a time limit."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -51,7 +51,8 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             async with asyncio.timeout(TEST_TIMEOUT_S):
                 await test(*args, **kwargs)
 
-        asyncio.run(limited())
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(limited())
 
     return run
 
@@ -85,7 +86,12 @@ def hello(name: str = "p0", **changes: Any) -> Hello:
 
 def good_prefill_answer(body: dict[str, Any]) -> bytes:
     """What SGLang's prefill side answers to one prompt."""
-    meta = {"id": body["rid"], "prompt_tokens": 7, "completion_tokens": 1, "finish_reason": {"type": "length", "length": 1}}
+    meta = {
+        "id": body["rid"],
+        "prompt_tokens": 7,
+        "completion_tokens": 1,
+        "finish_reason": {"type": "length", "length": 1},
+    }
     return json.dumps({"text": "", "output_ids": [1], "meta_info": meta}).encode()
 
 
@@ -222,7 +228,13 @@ class DecodeStandIn:
             case "/server_info":
                 return web.json_response({"disaggregation_transfer_backend": "zmq", "version": "stand-in"})
             case "/v1/models":
-                card = {"id": self._model, "object": "model", "root": self._model, "parent": None, "max_model_len": 1000}
+                card = {
+                    "id": self._model,
+                    "object": "model",
+                    "root": self._model,
+                    "parent": None,
+                    "max_model_len": 1000,
+                }
                 return web.json_response({"object": "list", "data": [card]})
             case "/abort_request":
                 self.aborted.append((await request.json())["rid"])
@@ -231,7 +243,7 @@ class DecodeStandIn:
                 return web.Response(text="Cache flushed.")
         body = await request.json()
         self.bodies.append(body)
-        self.headers.append(dict(request.headers))
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         try:
             return await self.behave(request, body)
         except (asyncio.CancelledError, ConnectionResetError):
