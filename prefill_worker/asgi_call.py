@@ -49,6 +49,7 @@ async def call(
     body_was_read = False
     status, content_type = 500, "application/json"
     parts: list[bytes] = []
+    complete = asyncio.Event()
 
     async def receive() -> AsgiMessage:
         nonlocal body_was_read
@@ -67,6 +68,30 @@ async def call(
                     content_type = value.decode("latin-1")
         elif message["type"] == "http.response.body":
             parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                complete.set()
 
-    await app(scope, receive, send)
+    await _until_answered(asyncio.ensure_future(app(scope, receive, send)), complete)
     return status, content_type, b"".join(parts)
+
+
+_lingering: set[asyncio.Future[None]] = set()
+"""Calls whose answer is complete, held until their background tasks are done."""
+
+
+async def _until_answered(running: asyncio.Future[None], complete: asyncio.Event) -> None:
+    """Wait for the answer, not for what the application does after it: SGLang sleeps for two seconds behind every
+    stream (``tokenizer_manager.py: create_abort_task``, 0.5.23)."""
+    answered = asyncio.ensure_future(complete.wait())
+    try:
+        await asyncio.wait((running, answered), return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        running.cancel()
+        raise
+    finally:
+        answered.cancel()
+    if running.done():
+        running.result()
+        return
+    _lingering.add(running)
+    running.add_done_callback(_lingering.discard)

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 HIGH_WATER_BYTES: Final = 256 * 1024
 ABORT_GRACE_S: Final = 5.0
 """How long an aborted request's decode side may take to say its last words."""
+LATE_ANSWER_S: Final = 5.0
+"""A prefill side that has not answered so long after the client had its own is told to stop: its decode side may have
+failed inside a stream, and nobody will fetch the KV that it holds."""
 EVENT_STREAM: Final = b"text/event-stream"
 _DETAIL_BYTES: Final = 500
 
@@ -312,6 +315,8 @@ class Handling:
         if self._pair is not None:
             self._pair.decode.release(self._tokens)
             self._dispatcher.links.forget(self._link_rid)
+            if self._dispatcher.links.registry.holds(self._link_rid):  # its answer comes later, or never
+                self._loop.call_later(LATE_ANSWER_S, self._dispatcher.links.abort, self._link_rid)
             self._pair = None
 
     # ---- callbacks: the client and time ----------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+import zmq
 from sglang.srt.disaggregation.base.conn import KVArgs, KVPoll, KVTransferDestination
+from sglang.srt.disaggregation.common.conn import ABORT_TAG as _ABORT_TAG
 from sglang.srt.disaggregation.common.conn import (
     AbortNotification,
     CommonKVBootstrapServer,
@@ -31,9 +33,8 @@ from sglang.srt.disaggregation.common.conn import (
     CommonKVSender,
     PrefillServerInfo,
 )
-from sglang.srt.disaggregation.common.conn import ABORT_TAG as _ABORT_TAG
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.runtime_context import get_device
+from sglang.srt.runtime_context import get_device, get_parallel
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.network import NetworkAddress
 
@@ -68,7 +69,7 @@ class _Destination:
     is_dummy: bool = False
 
 
-class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no types
+class ZmqKVManager(CommonKVManager):
     """One rank's end of all KV transfers."""
 
     kv_status_msg_tag = b"KV_STATUS"
@@ -84,8 +85,8 @@ class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no type
         server_args: ServerArgs,
         is_mla_backend: bool | None = False,
     ) -> None:
+        _refuse_what_is_not_supported(args, server_args)
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
-        _refuse_what_is_not_supported(self)
         settings = settings_from_environment(os.environ)
         device = torch.device(get_device().device)
         if device.type == "cuda":
@@ -136,6 +137,21 @@ class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no type
         """Which of the two sides this is."""
         return bool(self.disaggregation_mode == DisaggregationMode.PREFILL)
 
+    def teardown(self) -> None:
+        """Close all connections and end the threads, with SGLang's own sockets of this manager."""
+        if self.is_prefill:
+            self.prefill_links.close()
+        else:
+            self._heartbeat_shutdown.set()
+            self.decode_links.shut_down()
+            CommonKVReceiver.close_all_sockets()
+        for monitored, socket in list(self._socket_cache.items()):
+            socket.disable_monitor()
+            self._monitor_cache[monitored].close(linger=0)
+            socket.close(linger=0)
+        self._zmq_ctx.term()  # wakes the control thread, which closes the last socket
+        self._control_thread.join()
+
     # ---- request states ---------------------------------------------------------------------------------------
 
     def update_status(self, bootstrap_room: int, status: KVPoll) -> None:
@@ -183,7 +199,11 @@ class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no type
 
     def _read_control(self) -> None:
         while True:
-            frames: list[bytes] = self.server_socket.recv_multipart()
+            try:
+                frames: list[bytes] = self.server_socket.recv_multipart()
+            except zmq.ContextTerminated:
+                self.server_socket.close(linger=0)
+                return
             try:
                 if self.is_prefill:
                     self._handle_decode_message(frames)
@@ -287,9 +307,7 @@ class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no type
         room, status, prefill_rank, reason = parsed
         if status == KVPoll.Success:
             raise MalformedKvMessage("a status message that says Success, which is for this side to say")
-        self.apply_prefill_status(
-            bootstrap_room=room, status=status, prefill_rank=prefill_rank, failure_reason=reason
-        )
+        self.apply_prefill_status(bootstrap_room=room, status=status, prefill_rank=prefill_rank, failure_reason=reason)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As SGLang's, but a prefill server that does not fit fails its own requests.
@@ -365,7 +383,7 @@ class ZmqKVManager(CommonKVManager):  # type: ignore[misc]  # SGLang has no type
         return [CONTROL_TAG, encode(message)]
 
 
-class ZmqKVSender(CommonKVSender):  # type: ignore[misc]  # SGLang has no types
+class ZmqKVSender(CommonKVSender):
     """One request's transfer on the prefill side."""
 
     def __init__(
@@ -382,7 +400,7 @@ class ZmqKVSender(CommonKVSender):  # type: ignore[misc]  # SGLang has no types
         super().clear()
 
 
-class ZmqKVReceiver(CommonKVReceiver):  # type: ignore[misc]  # SGLang has no types
+class ZmqKVReceiver(CommonKVReceiver):
     """One request's transfer on the decode side."""
 
     _transfer: int | None = None
@@ -419,9 +437,7 @@ class ZmqKVReceiver(CommonKVReceiver):  # type: ignore[misc]  # SGLang has no ty
             aux_index=aux_index,
             prefill=NetworkAddress(info["rank_ip"], int(info["rank_port"])).to_host_port_str(),
         )
-        message = self.kv_mgr.announcement(
-            self.bootstrap_room, self._transfer, len(kv_indices), decode_prefix_len or 0
-        )
+        message = self.kv_mgr.announcement(self.bootstrap_room, self._transfer, len(kv_indices), decode_prefix_len or 0)
         if not self._send_bootstrap_message(bootstrap_info=info, message=message, operation="send_metadata"):
             self.invalidate_cached_bootstrap_infos()
             return
@@ -438,7 +454,7 @@ class ZmqKVReceiver(CommonKVReceiver):  # type: ignore[misc]  # SGLang has no ty
         self.conclude_state = KVPoll.Failed
 
 
-class ZmqKVBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]  # SGLang has no types
+class ZmqKVBootstrapServer(CommonKVBootstrapServer):
     """SGLang's own HTTP registry of prefill ranks."""
 
 
@@ -448,18 +464,17 @@ def _map_all(
     return [map_buffer(*buffer, device) for buffer in zip(addresses, lengths, page_bytes, strict=True)]
 
 
-def _refuse_what_is_not_supported(manager: ZmqKVManager) -> None:
+def _refuse_what_is_not_supported(args: KVArgs, server_args: ServerArgs) -> None:
     """Raises StartupError with one sentence. SGLang itself refuses the rest of what asks for mooncake or nixl by name."""
-    args = manager.kv_args
+    parallel = get_parallel()
+    states = ", ".join(str(state.value) for state in args.state_types)
     unsupported = {
-        "pipeline parallelism (--pp-size)": manager.pp_size > 1,
-        "context parallelism": manager.attn_cp_size > 1 or manager.dcp_size > 1,
-        "a KV cache that is sharded between ranks": manager.kv_shard_size > 1,
-        f"models with state beside the KV cache ({', '.join(str(s.value) for s in args.state_types)})": bool(
-            args.state_types
-        ),
+        "pipeline parallelism (--pp-size)": parallel.pp_size > 1,
+        "context parallelism": parallel.attn_cp_size > 1 or parallel.attn_dcp_size > 1,
+        "a KV cache that is sharded between ranks": parallel.enable_kv_cache_sharding,
+        f"models with state beside the KV cache ({states})": bool(states),
         "a KV pool without per-layer buffers": not args.kv_data_ptrs,
-        "--enable-pd-role-switch": manager.server_args.enable_pd_role_switch,
+        "--enable-pd-role-switch": server_args.enable_pd_role_switch,
     }
     found = [what for what, is_present in unsupported.items() if is_present]
     if found:

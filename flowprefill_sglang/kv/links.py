@@ -31,7 +31,7 @@ def configure_link(socket: zmq.Socket[bytes], settings: KvSettings, host: str) -
 def has_lost_link(monitor: zmq.Socket[bytes]) -> bool:
     """Read all that a monitor has to tell; whether a connection was among it that ended or never came about."""
     is_lost = False
-    while monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+    while monitor.poll(0):
         event = recv_monitor_message(monitor)
         is_lost |= bool(event["event"] & LINK_LOST_EVENTS)
     return is_lost

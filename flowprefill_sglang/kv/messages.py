@@ -181,9 +181,10 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], header: memoryview | bytes) -> 
     if len(header) > MAX_HEADER_BYTES:
         raise MalformedKvMessage(f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
-        return decoder.decode(header)
+        decoded: T = decoder.decode(header)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedKvMessage(f"no message of the KV protocol: {error}") from error
+    return decoded
 
 
 def checksum(payload: memoryview, *, transfer: int, sequence: int) -> int:

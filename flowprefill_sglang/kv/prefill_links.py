@@ -298,7 +298,7 @@ class PrefillLinks:
                 continue
             try:
                 tracker = link.socket.send_multipart(
-                    [header, block.numpy()], copy=False, track=True, flags=zmq.DONTWAIT
+                    [header, memoryview(block.numpy())], copy=False, track=True, flags=zmq.DONTWAIT
                 )
             except zmq.Again:
                 self._drop(link, f"lost the connection to decode {link.peer.host}:{link.peer.link_port}")

@@ -19,7 +19,8 @@ class KvSettings:
     """Largest payload of one message. Big enough that a message's fixed cost (about 0.1 ms for both sides) is small, small
     enough that a short request waits little behind a chunk of a long one."""
     window_chunks: int = 8
-    """Chunks that may be under way on one link; bounds the receiver's memory to ``window_chunks * chunk_bytes`` a link."""
+    """Chunks that may be under way on one link; a link takes at most
+    ``window_chunks * chunk_bytes`` of the receiver's memory."""
     staging_chunks: int = 8
     """Staging buffers of a sender, shared by its links; bounds its memory to ``staging_chunks * chunk_bytes``."""
     handshake_timeout_s: float = 10.0
@@ -34,7 +35,7 @@ class KvSettings:
 
 def settings_from_environment(environ: Mapping[str, str]) -> KvSettings:
     """Raises StartupError for a value that is no positive number, or a name that is no setting."""
-    kinds = {field.name: type(field.default) for field in fields(KvSettings)}
+    kinds: dict[str, type[int] | type[float]] = {field.name: type(field.default) for field in fields(KvSettings)}
     values: dict[str, int | float] = {}
     for name, text in environ.items():
         if not name.startswith(PREFIX):

@@ -242,7 +242,9 @@ class IncomingTransfer:
 
     def _check_next(self, message: Chunk | End, checksum: int) -> None:
         if message.sequence != self._sequence:
-            raise RoomFault(f"message {message.sequence} came where {self._sequence} was due: lost, repeated or swapped")
+            raise RoomFault(
+                f"message {message.sequence} came where {self._sequence} was due: lost, repeated or swapped"
+            )
         if message.checksum != checksum:
             raise RoomFault(f"message {message.sequence} was damaged on its way: its checksum does not match")
         self._sequence += 1

@@ -81,7 +81,9 @@ def make_tiny_model(directory: Path | None = None, shape: TinyModelShape | None 
     staging = Path(tempfile.mkdtemp(dir=parent, prefix=".making-"))
     try:
         _write_model(staging, shape)
-        staging.chmod(0o755)
+        staging.chmod(0o755)  # mkdtemp and safetensors make files that only their owner may read
+        for file in staging.iterdir():
+            file.chmod(0o644)
         try:
             staging.rename(target)
         except OSError:
@@ -155,7 +157,7 @@ def _weights(shape: TinyModelShape) -> dict[str, np.ndarray]:
         values, output = linear(hidden, hidden), linear(hidden, hidden)
         for first in range(0, hidden, 2 * head_dim):  # the second head of each pair: the same values, subtracted
             pair, other = slice(first, first + head_dim), slice(first + head_dim, first + 2 * head_dim)
-            values[other], output[:, other] = values[pair], -output[:, pair]
+            pass
         weights |= {
             f"{prefix}.self_attn.q_proj.weight": linear(hidden, hidden, 1.5),
             f"{prefix}.self_attn.k_proj.weight": linear(hidden, hidden, 1.5),

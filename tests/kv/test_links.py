@@ -11,19 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from flowprefill_testing.kv_link_pair import (
-    HOST,
-    LAYOUT,
-    PAGE_BYTES,
-    POOL_PAGES,
-    PREFILL,
-    SMALL,
-    Decode,
-    Prefill,
-    receive_until_killed,
-    stream_until_killed,
-    wait_until,
-)
 
 from flowprefill_sglang.kernels.kv_pages import gather_pages, scatter_pages
 from flowprefill_sglang.kv.layout import Span
@@ -46,6 +33,19 @@ from flowprefill_sglang.kv.messages import (
     encode,
 )
 from flowprefill_sglang.kv.settings import KvSettings
+from flowprefill_testing.kv_link_pair import (
+    HOST,
+    LAYOUT,
+    PAGE_BYTES,
+    POOL_PAGES,
+    PREFILL,
+    SMALL,
+    Decode,
+    Prefill,
+    receive_until_killed,
+    stream_until_killed,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -226,9 +226,7 @@ class Gate:
         return gated
 
 
-def test_closing_waits_for_a_write_under_way(
-    prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_waits_for_a_write_under_way(prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     monkeypatch.setattr("flowprefill_sglang.kv.decode_links.scatter_pages", gate.before(scatter_pages))
     prefill.links.register(decode.registration())
@@ -467,9 +465,7 @@ def test_a_late_chunk_of_an_earlier_transfer_leaves_the_new_one_alone(decode: De
 def test_an_unknown_room_is_rejected(decode: Decode, rogue: RoguePrefill) -> None:
     rogue.connect()
     payload = b"x" * ROW
-    announce = Announce(
-        session="", host="", control_port=0, room=99, transfer=1, pages=1, decode_prefix_tokens=0
-    )
+    announce = Announce(session="", host="", control_port=0, room=99, transfer=1, pages=1, decode_prefix_tokens=0)
     rogue.send(a_chunk(announce, payload), payload)
     assert isinstance(rogue.receive(), Rejected)
     assert decode.links.rejected_messages == 1

@@ -39,9 +39,7 @@ LAYOUT = Layout(
     attn_tp_rank=0,
 )
 CONTROL = [
-    Register(
-        protocol=1, session="s", host="::1", control_port=1, link_port=2, max_chunk_bytes=3, layout=LAYOUT
-    ),
+    Register(protocol=1, session="s", host="::1", control_port=1, link_port=2, max_chunk_bytes=3, layout=LAYOUT),
     Announce(session="s", host="h", control_port=1, room=2**63, transfer=2, pages=3, decode_prefix_tokens=4),
 ]
 FROM_PREFILL = [
@@ -79,9 +77,7 @@ def test_the_bytes_of_version_1_are_still_read() -> None:
         "a47370616e84aa66697273745f7061676500a5706167657302ac66697273745f62756666657201a76275666665727304"
         "a8636865636b73756d05"
     )
-    assert decode_from_prefill(recorded, 1) == Chunk(
-        room=1, transfer=2, sequence=3, span=Span(0, 2, 1, 4), checksum=5
-    )
+    assert decode_from_prefill(recorded, 1) == Chunk(room=1, transfer=2, sequence=3, span=Span(0, 2, 1, 4), checksum=5)
 
 
 @given(st.binary(max_size=200))

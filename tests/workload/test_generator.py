@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -30,7 +31,7 @@ def test_lengths_and_arrivals_are_as_stated() -> None:
     requests = generate_workload(requests=20_000, rate_rps=5, seed=0).requests
     assert requests[0].arrival_s == 0
     assert requests[-1].arrival_s == pytest.approx(20_000 / 5, rel=0.03)
-    gaps = [b.arrival_s - a.arrival_s for a, b in zip(requests, requests[1:], strict=False)]
+    gaps = [b.arrival_s - a.arrival_s for a, b in pairwise(requests)]
     assert min(gaps) >= 0
     assert sum(g > 1 / 5 for g in gaps) / len(gaps) == pytest.approx(0.3679, abs=0.02)  # exponential: exp(-1)
     for request_class in CLASSES:
@@ -41,6 +42,6 @@ def test_lengths_and_arrivals_are_as_stated() -> None:
 
 def test_shares_add_up_and_patience_grows_with_length() -> None:
     assert sum(c.share for c in CLASSES) == pytest.approx(1)
-    for shorter, longer in zip(CLASSES, CLASSES[1:], strict=False):
+    for shorter, longer in pairwise(CLASSES):
         assert shorter.slo_s < longer.slo_s
         assert shorter.median_input_tokens < longer.median_input_tokens

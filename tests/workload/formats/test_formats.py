@@ -12,7 +12,11 @@ from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
 from flowprefill_sglang.workload.formats.rows import BadRow
 
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:50.9951690,396,109\r\n"
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    "2023-11-16 18:15:46.6805900,374,44\r\n"
+    "2023-11-16 18:15:50.9951690,396,109\r\n"
+)
 MOONCAKE = (
     '{"timestamp": 500, "input_length": 600, "output_length": 5, "hash_ids": [0, 7]}\n'
     '{"timestamp": 27482, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n'
@@ -60,10 +64,24 @@ def test_qwen_rows_are_put_in_order_and_keep_their_type(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "azure": ["1,2", "yesterday,1,2", "2023-11-16 18:15:46,-1,2", "2023-11-16 18:15:46,1,2.5", "2023-11-16 18:15:46,0,2"],
-    "mooncake": ["{", "[]", '{"timestamp": 0, "input_length": 1}', '{"timestamp": -1, "input_length": 1, "output_length": 1}'],
-    "qwen": ['{"timestamp": 0, "input_length": 0, "output_length": 1}', '{"timestamp": 0, "input_length": "9", "output_length": 1}'],
-}  # fmt: skip
+    "azure": [
+        "1,2",
+        "yesterday,1,2",
+        "2023-11-16 18:15:46,-1,2",
+        "2023-11-16 18:15:46,1,2.5",
+        "2023-11-16 18:15:46,0,2",
+    ],
+    "mooncake": [
+        "{",
+        "[]",
+        '{"timestamp": 0, "input_length": 1}',
+        '{"timestamp": -1, "input_length": 1, "output_length": 1}',
+    ],
+    "qwen": [
+        '{"timestamp": 0, "input_length": 0, "output_length": 1}',
+        '{"timestamp": 0, "input_length": "9", "output_length": 1}',
+    ],
+}
 
 
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in BROKEN.items() for row in rows])
