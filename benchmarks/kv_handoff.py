@@ -3,7 +3,7 @@
 Two processes, one the prefill rank and one the decode rank, run SGLang's real manager, sender, receiver and bootstrap
 classes of each backend over pools in CPU memory. Measured from the scheduler's ``send`` to decode's poller seeing
 Success; the backends take turns within each repeat, in alternating order. Before each transfer decode's pages are
-cleared, after it they are compared byte for byte. Each process polls every 0.2 ms, as a scheduler between batches would.
+cleared, after it they are compared byte for byte. Each process polls every 0.2 ms, as a scheduler between batches does.
 
     python benchmarks/kv_handoff.py --json result.json
 """
@@ -39,9 +39,9 @@ MOONCAKE_ENVIRONMENT: Final = {
     "MC_FORCE_TCP": "1",
     "MOONCAKE_PROTOCOL": "tcp",
     "MC_LOG_LEVEL": "ERROR",
-    # SGLang hands Mooncake one transfer a run of pages and a buffer. Mooncake fails the session when a few thousand are
-    # queued, which scattered pages of 16 MiB are already (raising MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER did not help), so
-    # use SGLang's own bound: at most 8 pages times 64 buffers in one call.
+    # SGLang hands Mooncake one transfer a run of pages and a buffer. Mooncake fails the session when a few thousand
+    # are queued, which scattered pages of 16 MiB are already (raising MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER did not
+    # help), so use SGLang's own bound: at most 8 pages times 64 buffers in one call.
     "SGLANG_MOONCAKE_MAX_TRANSFER_BATCH_INDICES": "8",
 }
 POLL_S: Final = 0.0002

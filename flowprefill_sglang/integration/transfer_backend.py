@@ -1,7 +1,7 @@
 """Makes ``--disaggregation-transfer-backend zmq`` known to SGLang 0.5.23.
 
-SGLang lets a plugin add the flag's value, but constructs a closed Enum from it and maps that to classes in one function,
-which several of its modules import by name (``disaggregation.prefill``, ``disaggregation.decode``,
+SGLang lets a plugin add the flag's value, but constructs a closed Enum from it and maps that to classes in one
+function, which several of its modules import by name (``disaggregation.prefill``, ``disaggregation.decode``,
 ``managers.disagg_service``). ``HookRegistry`` rebinds such copies in all modules loaded by then; modules loaded later
 import the hooked function. ``check`` looks at both.
 """

@@ -3,8 +3,8 @@
 SGLang's common connection classes keep the request states, the HTTP bootstrap and the control sockets, and do the
 time-outs and the health check of prefill servers; here is what they leave to a backend. Made for SGLang 0.5.23.
 
-Threads: the scheduler's thread creates, polls and clears senders and receivers; the *control* thread reads the socket on
-which the other side's control messages come; ``PrefillLinks`` or ``DecodeLinks`` run one more. ``update_status`` is
+Threads: the scheduler's thread creates, polls and clears senders and receivers; the *control* thread reads the socket
+on which the other side's control messages come; ``PrefillLinks`` or ``DecodeLinks`` run one more. ``update_status`` is
 called by all three; a change to Failed passes through the links first, so that whoever sees Failed may free the pages.
 """
 
@@ -255,7 +255,7 @@ class ZmqKVManager(CommonKVManager):
             self._failed_rooms.pop(room, None)
 
     def _forget_unclaimed_rooms(self) -> None:
-        """Rooms that a decode instance announced for a request that never came here: SGLang would keep them for ever."""
+        """Rooms that decode announced for a request that never came here: SGLang would keep them for ever."""
         oldest_at = time.monotonic() - self.bootstrap_timeout
         while True:
             with self._rooms_lock:
@@ -465,7 +465,7 @@ def _map_all(
 
 
 def _refuse_what_is_not_supported(args: KVArgs, server_args: ServerArgs) -> None:
-    """Raises StartupError with one sentence. SGLang itself refuses the rest of what asks for mooncake or nixl by name."""
+    """Raises StartupError with one sentence. SGLang itself refuses what asks for mooncake or nixl by name."""
     parallel = get_parallel()
     states = ", ".join(str(state.value) for state in args.state_types)
     unsupported = {

@@ -2,12 +2,13 @@
 
 One thread a rank owns the ROUTER socket and the links on it. The scheduler's thread opens and closes rooms directly: it
 must know that nothing is written to a room's pages once ``close`` has returned, so each room has a lock that covers
-"may I write" and the write. Only this process writes to its pages; the sender does not even know where they are. SGLang's
-deferred release of pages, which covers remote writes still under way after an abort, is therefore not needed.
+"may I write" and the write. Only this process writes to its pages; the sender does not even know where they are.
+SGLang's deferred release of pages, which covers remote writes still under way after an abort, is therefore not needed.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import secrets
@@ -233,7 +234,7 @@ class DecodeLinks:
             raise LinkFault("a second handshake on one link")
         for other in [key for key, link in self._links.items() if link.prefill == hello.prefill]:
             del self._links[other]
-            self._fail_rooms(lambda room, other=other: room.link == other, f"prefill {hello.prefill} connected anew")
+            self._fail_rooms(functools.partial(_came_over, other), f"prefill {hello.prefill} connected anew")
         credit = ReceiveCredit(self._settings.window_chunks)
         self._links[identity] = _Link(prefill=hello.prefill, credit=credit)
         self._say(identity, Welcome(credit_chunks=credit.total))
@@ -320,6 +321,10 @@ class DecodeLinks:
         with self._table_lock:
             found = self._rooms.get(number)
             return self._rooms.pop(number) if found is not None and (room is None or found is room) else None
+
+
+def _came_over(link: bytes, room: _Room) -> bool:
+    return room.link == link
 
 
 def _check_indices(buffers: Sequence[torch.Tensor], indices: npt.NDArray[np.integer[Any]], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 from collections.abc import Callable
@@ -23,17 +24,13 @@ class Mailbox:
     def post(self, call: Callable[[], None]) -> None:
         """Have the owner run ``call``, after those posted before it."""
         self._calls.put(call)
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the owner is awake already
             os.write(self._write_end, b"\0")
-        except BlockingIOError:
-            pass  # the pipe is full, so the owner is awake already
 
     def run_all(self) -> None:
         """Run what was posted, in order. An exception of a call leaves the later ones for the next time."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._read_end, 4096)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 call = self._calls.get_nowait()

@@ -142,9 +142,9 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
 FromDecode = Welcome | Refused | Credit | Accepted | Rejected
 
 _encoder = msgspec.msgpack.Encoder()
-_control = msgspec.msgpack.Decoder(Control)
-_from_prefill = msgspec.msgpack.Decoder(FromPrefill)
-_from_decode = msgspec.msgpack.Decoder(FromDecode)
+_control: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+_from_prefill: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)
+_from_decode: msgspec.msgpack.Decoder[FromDecode] = msgspec.msgpack.Decoder(FromDecode)
 
 
 def encode(message: Control | FromPrefill | FromDecode) -> bytes:
@@ -191,6 +191,7 @@ def checksum(payload: memoryview, *, transfer: int, sequence: int) -> int:
     """XXH3-64 of a payload, seeded with where it belongs, so that a good payload under a wrong header fails too.
 
     TCP's own 16-bit sum misses one damaged segment in 65,536, and says nothing of a staging buffer that was used again
-    too early. XXH3 costs about a tenth of zlib's CRC-32 and a twentieth of Adler-32 here, and SGLang requires it anyway.
+    too early. Measured on 4 MiB, XXH3 costs a twelfth of zlib's CRC-32 and a twentieth of its Adler-32; SGLang requires
+    the package anyway.
     """
     return xxhash.xxh3_64_intdigest(payload, seed=(transfer + sequence) & 0xFFFF_FFFF_FFFF_FFFF)

@@ -298,7 +298,7 @@ class PrefillLinks:
                 continue
             try:
                 tracker = link.socket.send_multipart(
-                    [header, memoryview(block.numpy())], copy=False, track=True, flags=zmq.DONTWAIT
+                    [header, _bytes_of(block)], copy=False, track=True, flags=zmq.DONTWAIT
                 )
             except zmq.Again:
                 self._drop(link, f"lost the connection to decode {link.peer.host}:{link.peer.link_port}")
@@ -314,10 +314,10 @@ class PrefillLinks:
         where = {"transfer": outgoing.transfer, "sequence": outgoing.sequence}
         if due is None:
             gather_pages(self._aux_buffers, np.array([room.aux_index]), block)
-            return encode(End(room=outgoing.room, checksum=checksum(memoryview(block.numpy()), **where), **where))
+            return encode(End(room=outgoing.room, checksum=checksum(_bytes_of(block), **where), **where))
         span, page_ids = due
         gather_pages(self._buffers[span.first_buffer : span.first_buffer + span.buffers], page_ids, block)
-        digest = checksum(memoryview(block.numpy()), **where)
+        digest = checksum(_bytes_of(block), **where)
         return encode(Chunk(room=outgoing.room, span=span, checksum=digest, **where))
 
     def _sent(self, room: _Room, *, is_end: bool) -> None:
@@ -407,3 +407,7 @@ class PrefillLinks:
         link.socket.close(linger=0)
         for room in list(link.rooms.values()):
             self._fail(room, reason)
+
+
+def _bytes_of(block: torch.Tensor) -> memoryview:
+    return memoryview(block.numpy())  # type: ignore[arg-type]  # NumPy's stubs do not call arrays buffers before 3.12

@@ -1,10 +1,10 @@
-"""The numbers of the ``zmq`` KV transfer backend. SGLang passes a backend no options, so they come from the environment."""
+"""The numbers of the ``zmq`` KV transfer backend, from the environment: SGLang passes a backend no options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 from flowprefill_sglang.errors import StartupError
 
@@ -16,8 +16,8 @@ class KvSettings:
     """Each field is read from ``FLOWPREFILL_KV_<FIELD IN CAPITALS>``."""
 
     chunk_bytes: int = 4 << 20
-    """Largest payload of one message. Big enough that a message's fixed cost (about 0.1 ms for both sides) is small, small
-    enough that a short request waits little behind a chunk of a long one."""
+    """Largest payload of one message. Big enough that a message's fixed cost (about 0.1 ms for both sides) is small,
+    small enough that a short request waits little behind a chunk of a long one."""
     window_chunks: int = 8
     """Chunks that may be under way on one link; a link takes at most
     ``window_chunks * chunk_bytes`` of the receiver's memory."""
@@ -35,7 +35,7 @@ class KvSettings:
 
 def settings_from_environment(environ: Mapping[str, str]) -> KvSettings:
     """Raises StartupError for a value that is no positive number, or a name that is no setting."""
-    kinds: dict[str, type[int] | type[float]] = {field.name: type(field.default) for field in fields(KvSettings)}
+    kinds: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(KvSettings)}  # int or float
     values: dict[str, int | float] = {}
     for name, text in environ.items():
         if not name.startswith(PREFIX):

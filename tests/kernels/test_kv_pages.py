@@ -61,7 +61,7 @@ def test_a_mapped_buffer_is_the_memory_itself() -> None:
 def test_a_page_outside_the_pool_is_refused_and_nothing_is_written(pages: list[int]) -> None:
     buffers = make_buffers([8, 8], 0)
     before = [buffer.clone() for buffer in buffers]
-    with pytest.raises(IndexError, match="pages 0..12"):
+    with pytest.raises(IndexError, match=r"pages 0\.\.12"):
         scatter_pages(buffers, np.array(pages), memoryview(bytes(16 * len(pages))))
     with pytest.raises(IndexError):
         gather_pages(buffers, np.array(pages), torch.empty(16 * len(pages), dtype=torch.uint8))

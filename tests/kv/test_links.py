@@ -155,7 +155,7 @@ def test_another_protocol_version_is_refused(prefill: Prefill, decode: Decode) -
 
 
 def test_a_page_that_decode_does_not_have_is_never_announced(decode: Decode) -> None:
-    with pytest.raises(IndexError, match="there are 0..63"):
+    with pytest.raises(IndexError, match=r"there are 0\.\.63"):
         decode.open(1, [POOL_PAGES])
     with pytest.raises(IndexError, match="metadata"):
         decode.open(1, [0], aux_index=8)
@@ -199,7 +199,7 @@ def test_closing_races_with_writing_and_wins(prefill: Prefill, decode: Decode) -
     target = list(range(32))
     for room in range(60):
         transfer(prefill, decode, room, list(range(32, 64)), target)
-        wait_until(lambda: any(decode.pool.buffers[0][room % 32]), "some pages")
+        wait_until(lambda page=room % 32: any(decode.pool.buffers[0][page]), "some pages")
         decode.links.close(room, "aborted")
         for buffer in decode.pool.buffers:
             buffer.zero_()  # the pages are another request's now

@@ -159,11 +159,9 @@ def test_what_does_not_belong_is_a_fault(
 ) -> None:
     transfer = incoming([4, 5])
     transfer.admit_chunk(chunk(0, 0), payload_bytes=16, checksum=5)
+    admit = transfer.admit_end if isinstance(message, End) else transfer.admit_chunk
     with pytest.raises(RoomFault, match=expected):
-        if isinstance(message, End):
-            transfer.admit_end(message, payload_bytes=payload_bytes, checksum=checksum)
-        else:
-            transfer.admit_chunk(message, payload_bytes=payload_bytes, checksum=checksum)
+        admit(message, payload_bytes=payload_bytes, checksum=checksum)
 
 
 def test_metadata_of_the_wrong_size_is_a_fault() -> None:
