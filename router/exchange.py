@@ -2,7 +2,8 @@
 
 Two sides work on a request at once, and either can fail, answer first, or fall silent, while the client can leave. The
 rules: exactly one ``Outcome``; a side that still works when the outcome is known is told to stop; another pair is tried
-only while the client has not seen a byte, and only when a side died or could not be reached.
+only while the client has not seen a byte, and only when a side died, could not be reached, or the handoff between them
+broke.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ class Exchange:
             return ()
         if status >= 500 and status != 503 and not self.answering:
             error = PeerFault(f"decode failed with status {status}{detail}", code="decode_failed")
-            return self._fail(Outcome.DECODE_FAILED, error)
+            # Before prefill is done, what fails on the decode side is the handoff: often the other worker just died.
+            return self._fail(Outcome.DECODE_FAILED, error, may_retry=self.prefill is Side.WORKING)
         relay = () if self.answering else (Step.RELAY,)
         self.answering = True
         if self._abort_asked:

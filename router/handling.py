@@ -18,7 +18,8 @@ from starlette.types import Receive
 from starlette.types import Send as AsgiSend
 
 from flowprefill_sglang.errors import FlowPrefillError, InternalError, PeerFault, TooLate
-from flowprefill_sglang.router.answers import Refusal, error_event, send_error, send_whole
+from flowprefill_sglang.router.answers import Refusal
+from flowprefill_sglang.router.client_answer import ClientAnswer
 from flowprefill_sglang.router.decode_registry import DecodeInstance
 from flowprefill_sglang.router.exchange import Exchange, Side, Step, Steps
 from flowprefill_sglang.router.http_client import Connection, Headers
@@ -75,7 +76,7 @@ class Handling:
         self._tokens = tokens
         self._headers = headers
         self._receive = receive
-        self._send = send
+        self._client = ClientAnswer(send)
         self._loop = dispatcher.loop
         self.received_at = time.monotonic()  # the loop's own clock may tick in milliseconds
         self._wake: asyncio.Future[None] | None = None
@@ -95,8 +96,6 @@ class Handling:
         self._chunks: list[bytes] = []
         self._buffered_bytes = 0
         self._ended = False
-        self._head_sent = False
-        self._sent_tail = b""
         self._merger: LogprobMerger | None = None
         self._prefill_answer: tuple[int, bytes, bytes] | None = None  # status, content type, body
         self._relay = self._retry = self._answer_prefill = False
@@ -150,7 +149,7 @@ class Handling:
         except Exception as error:  # the edge of this request: neither side may be left waiting
             log.exception("request_broke", extra={FIELDS: {"rid": self.rid}})
             self._do(self.exchange.broke(InternalError(f"the router failed: {type(error).__name__}")))
-            if self._head_sent:
+            if self._client.has_begun:
                 raise  # closes the connection
             await self._conclude()
         finally:
@@ -210,7 +209,7 @@ class Handling:
                 await self._conclude()
                 return
             if self._chunks and self._may_pass_on():
-                await self._pass_on()
+                await self._client.stream(self._status, self._answer_headers, self._take_chunks())
             elif not self._news:
                 self._wake = self._loop.create_future()
                 await self._wake
@@ -219,16 +218,6 @@ class Handling:
 
     def _may_pass_on(self) -> bool:
         return self._relay and (self._merger is not None or not self._request.merges_logprobs)
-
-    async def _pass_on(self) -> None:
-        """Hand on what has arrived of a stream; while the client takes it, more may arrive."""
-        data = self._take_chunks()
-        if not self._head_sent:
-            self._head_sent = True
-            await self._send({"type": "http.response.start", "status": self._status, "headers": self._answer_headers})
-        if data:
-            self._sent_tail = (self._sent_tail + data)[-2:]
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     def _take_chunks(self) -> bytes:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
@@ -248,22 +237,14 @@ class Handling:
         """The outcome is known: end the client's answer in whatever form is still possible."""
         if self._answer_prefill and self._prefill_answer is not None:
             status, content_type, body = self._prefill_answer
-            await send_whole(self._send, status, [(b"content-type", content_type)], body)
+            await self._client.whole(status, [(b"content-type", content_type)], body)
         elif self.exchange.error is not None:
-            await self._conclude_with(self.exchange.error)
+            await self._client.fail(self.exchange.error)
         elif self._relay and not self._streams:
-            await send_whole(self._send, self._status, self._answer_headers, b"".join(self._chunks))
+            await self._client.whole(self._status, self._answer_headers, b"".join(self._chunks))
         elif self._relay:
-            await self._pass_on()
             end = self._merger.end() if self._merger is not None else b""
-            await self._send({"type": "http.response.body", "body": end})
-
-    async def _conclude_with(self, error: FlowPrefillError) -> None:
-        if not self._head_sent:
-            await send_error(self._send, error)
-            return
-        gap = b"" if self._sent_tail in (b"", b"\n\n") else b"\n\n"  # end the event that was cut short
-        await self._send({"type": "http.response.body", "body": gap + error_event(error)})
+            await self._client.end_stream(self._status, self._answer_headers, self._take_chunks() + end)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 

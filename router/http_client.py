@@ -2,8 +2,8 @@
 
 Run by the router's event loop. Each connection is an asyncio protocol around httptools' parser (the one uvicorn uses);
 it calls its ``AnswerSink`` directly, without a task or a future for each chunk, and the sink can pause it, so that a
-slow client slows its own decode stream down instead of filling the router's memory. A general client costs several
-times as much for each request (docs/router.md has the numbers).
+slow client slows its own decode stream down instead of filling the router's memory. aiohttp's client
+takes six times the CPU for the same POST (66 against 11 µs for 2 kB on the development machine).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ its machine could not keep up, the load was not the one asked for, and a report 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class RequestRecord:
     error: str | None
     """None for a complete answer."""
     output_chars: int
+    output_sha256: str
+    """Digest of the answer's text: two runs of the same greedy requests can be compared without keeping the texts."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -150,7 +153,8 @@ async def _send(session: aiohttp.ClientSession, planned: PlannedRequest, now: Cl
         finished_at=now(),
         status=status,
         error=error,
-        output_chars=reader.output_chars,
+        output_chars=len(reader.text),
+        output_sha256=hashlib.sha256(reader.text.encode()).hexdigest(),
     )
 
 
@@ -167,4 +171,5 @@ def _not_sent(planned: PlannedRequest, now_s: float, limit: int) -> RequestRecor
         status=0,
         error=f"not sent: {limit} requests of this client were in flight",
         output_chars=0,
+        output_sha256=hashlib.sha256(b"").hexdigest(),
     )

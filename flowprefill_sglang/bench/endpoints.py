@@ -106,7 +106,7 @@ class AnswerReader:
 
     endpoint: Endpoint
     expected_tokens: int
-    output_chars: int = 0
+    text: str = ""
     output_tokens: int | None = None
     has_token: bool = False
     _is_done: bool = False
@@ -124,9 +124,7 @@ class AnswerReader:
         except (msgspec.DecodeError, AttributeError, TypeError) as error:
             self._error = self._error or f"an event is not what {self.endpoint.path} sends: {error}"
             return
-        self.output_chars = (
-            len(read.text) if self.endpoint.cumulative and read.text else self.output_chars + len(read.text)
-        )
+        self.text = read.text if self.endpoint.cumulative and read.text else self.text + read.text
         self.has_token = self.has_token or read.has_token
         self.output_tokens = read.output_tokens if read.output_tokens is not None else self.output_tokens
         self._finish_reason = read.finish_reason or self._finish_reason

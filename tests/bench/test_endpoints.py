@@ -33,7 +33,7 @@ def test_whole_answers() -> None:
     deltas = read("completions", completion("["), completion(".", "length"), USAGE, b"[DONE]")
     for reader in (cumulative, deltas):
         assert reader.error() is None
-        assert (reader.output_chars, reader.output_tokens) == (2, 2)
+        assert (len(reader.text), reader.output_tokens) == (2, 2)
 
 
 def test_a_token_without_text_is_a_token() -> None:

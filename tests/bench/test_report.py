@@ -32,6 +32,7 @@ def record(
         status=200,
         error=error,
         output_chars=10,
+        output_sha256="",
     )
 
 

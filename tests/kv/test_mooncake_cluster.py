@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import answers, wait_until
 from flowprefill_testing.kv_managers import free_port
-
-from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.cluster
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -31,6 +32,13 @@ async def wait_for_disconnect(request: Request) -> JSONResponse:
     return JSONResponse({"gone": True})
 
 
+async def stream_then_linger(request: Request) -> StreamingResponse:
+    async def parts():
+        yield b"data: 1\n\n"
+
+    return StreamingResponse(parts(), background=BackgroundTask(asyncio.Event().wait))
+
+
 async def fail(request: Request) -> JSONResponse:
     raise ZeroDivisionError("inside the handler")
 
@@ -38,6 +46,7 @@ async def fail(request: Request) -> JSONResponse:
 APP = Starlette(
     routes=[
         Route("/echo", echo, methods=["POST"]),
+        Route("/linger", stream_then_linger, methods=["POST"]),
         Route("/stream", stream, methods=["POST"]),
         Route("/wait", wait_for_disconnect, methods=["POST"]),
         Route("/fail", fail, methods=["POST"]),
@@ -86,3 +95,10 @@ def test_disconnect_is_seen_by_the_handler() -> None:
 def test_the_handlers_exception_arrives() -> None:
     with pytest.raises(ZeroDivisionError):
         asyncio.run(post("/fail"))
+
+
+def test_what_the_application_does_after_its_answer_is_not_waited_for() -> None:
+    async def scenario() -> bytes:
+        return (await asyncio.wait_for(post("/linger"), 5))[2]
+
+    assert asyncio.run(scenario()) == b"data: 1\n\n"

@@ -177,6 +177,7 @@ async def test_a_dead_prefill_worker_fails_its_requests_over_to_another() -> Non
         await victim.die()
         status, document = await asked
         assert (status, document["text"]) == (200, "fine")
+        await until(lambda: other.bodies)
         assert other.bodies[0]["rid"] == "r_retry1"
         assert one.decode.aborted == ["r"]
         assert other.bodies[0]["bootstrap_room"] != victim.bodies[0]["bootstrap_room"]
@@ -294,7 +295,7 @@ async def test_a_slow_client_slows_its_decode_side_down() -> None:
 
     async with bench(decode=flood) as one:
         host, port = one.url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        _reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         request = b'{"text": "x", "stream": true}'
         writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(request), request))
         last = -1

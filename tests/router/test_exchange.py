@@ -31,7 +31,9 @@ def test_decode_may_be_done_before_prefill_has_answered() -> None:
     assert one.outcome is Outcome.SUCCEEDED
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(400, Outcome.REJECTED), (499, "prefill_failed"), (500, "prefill_failed")])
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(400, Outcome.REJECTED), (499, "prefill_failed"), (500, "prefill_failed")]
+)
 def test_a_prefill_error_cuts_decode(status: int, outcome: Outcome) -> None:
     one = started(retries=2)
     steps = one.prefill_answered(status)
@@ -49,7 +51,8 @@ def test_a_decode_error_aborts_prefill() -> None:
 
 def test_a_decode_server_error_becomes_a_502() -> None:
     one = started(retries=2)
-    assert one.decode_answered(500, ": oops") == (Step.ABORT_PREFILL, Step.FINISH)
+    one.prefill_answered(200)
+    assert one.decode_answered(500, ": oops") == (Step.FINISH,)
     assert one.error is not None
     assert (one.error.status, str(one.error)) == (502, "decode failed with status 500: oops")
 
@@ -60,6 +63,10 @@ def test_a_lost_side_is_retried_as_often_as_allowed() -> None:
     one.start()
     assert one.decode_lost("gone too") == (Step.ABORT_PREFILL, Step.FINISH)
     assert one.outcome is Outcome.DECODE_FAILED
+
+
+def test_a_broken_handoff_is_retried() -> None:
+    assert started(retries=1).decode_answered(500) == (Step.ABORT_PREFILL, Step.RETRY)
 
 
 def test_nothing_is_retried_once_the_client_has_seen_something() -> None:

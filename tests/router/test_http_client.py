@@ -167,7 +167,7 @@ def test_any_split_of_the_bytes_gives_the_same_answer(body: bytes, cuts: list[in
     scenario()
 
 
-def _Unconnected(origin: Origin):  # noqa: N802  # stands for a class
+def _Unconnected(origin: Origin):  # stands for a class
     from unittest.mock import create_autospec
 
     from flowprefill_sglang.router.http_client import Connection

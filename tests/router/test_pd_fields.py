@@ -26,7 +26,7 @@ def sent(body: dict[str, Any], path: str = "/generate") -> dict[str, Any]:
     raw = with_pd_fields(request, rids(request, "own"), host="h", port=7, new_room=lambda: next(rooms))
     pairs = json.loads(raw, object_pairs_hook=list)
     assert len({key for key, _ in pairs}) == len(pairs), "a key twice: which one counts depends on the parser"
-    return dict((key, dict(value) if _is_object(value) else value) for key, value in pairs)
+    return {key: dict(value) if _is_object(value) else value for key, value in pairs}
 
 
 def _is_object(value: Any) -> bool:
@@ -40,7 +40,9 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.text().filter(lambda key: key not in ("n", "sampling_params")), json_values, max_size=5))
 def test_everything_else_passes_through(extra: dict[str, Any]) -> None:
-    body = {key: value for key, value in extra.items() if key not in ("model", "rid", "text", "input_ids")} | {"text": "x"}
+    body = {key: value for key, value in extra.items() if key not in ("model", "rid", "text", "input_ids")} | {
+        "text": "x"
+    }
     result = sent(body)
     for key in OWN:
         body.pop(key, None)
