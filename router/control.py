@@ -211,6 +211,7 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "state": worker.state,
             "in_flight": len(worker.assigned),
             "outstanding_tokens": worker.outstanding_tokens,
+            "dispatched_total": worker.dispatched_total,
             "version": worker.hello.version,
             "transfer_backend": worker.hello.transfer_backend,
             "bootstrap": f"{worker.hello.bootstrap_host}:{worker.hello.bootstrap_port}",
@@ -227,6 +228,7 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "state": instance.state,
             "in_flight": instance.in_flight,
             "outstanding_tokens": instance.outstanding_tokens,
+            "dispatched_total": instance.dispatched_total,
             "transfer_backend": instance.facts.transfer_backend if instance.facts else None,
             "reason": instance.reason,
         }

@@ -35,10 +35,13 @@ class DecodeInstance:
     failures: int = 0
     in_flight: int = 0
     outstanding_tokens: int = 0
+    dispatched_total: int = 0
+    """Requests handed to it since it was added."""
 
     def assign(self, tokens: int) -> None:
         self.in_flight += 1
         self.outstanding_tokens += tokens
+        self.dispatched_total += 1
 
     def release(self, tokens: int) -> None:
         self.in_flight -= 1

@@ -63,6 +63,8 @@ class PrefillWorker:
     load: Load | None = None
     assigned: dict[str, Assignment] = field(default_factory=dict)
     outstanding_tokens: int = 0
+    dispatched_total: int = 0
+    """Requests handed to it since it joined."""
 
     @property
     def name(self) -> str:
@@ -144,6 +146,7 @@ class PrefillRegistry:
             rid=dispatch.rid, tokens=tokens, prompt_bytes=prompt_bytes, assigned_at=now
         )
         worker.outstanding_tokens += tokens
+        worker.dispatched_total += 1
         self._holder[dispatch.rid] = worker
         return Send(worker.link, dispatch)
 
