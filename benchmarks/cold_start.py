@@ -1,7 +1,7 @@
 """Cold start: from ``flowprefill up`` to requests being accepted, and to the first answer; and how long Ctrl-C takes.
 
-Each repeat starts a new cluster (1 router, 1 prefill worker, 1 decode instance, the tiny model) and ends it. "Cold" means
-new processes; the files are in the page cache from the second repeat on, which is why every repeat is in the result.
+Each repeat starts a new cluster (1 router, 1 prefill worker, 1 decode instance, the tiny model) and ends it. "Cold"
+means new processes; the files are in the page cache from the second repeat on, so every repeat is in the result.
 
     python benchmarks/cold_start.py --json result.json
 """

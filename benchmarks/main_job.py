@@ -15,7 +15,6 @@ import datetime
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -75,7 +74,7 @@ def main() -> int:
 
 
 def default_trace() -> Path:
-    """The Azure conversation trace in the folder of traces, which is beside the checkout unless a variable says where."""
+    """The Azure conversation trace, in the folder that the variable names or in one beside the checkout."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "traces"
     return Path(os.environ.get("FLOWPREFILL_TRACES", beside)) / "azure_llm_conv_2023.csv"
 
@@ -98,18 +97,20 @@ async def through_stock(model: Path, rows: list[TraceRequest]) -> list[RequestRe
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         try:
             await until_healthy(url, process)
             return await replay_at(url, rows)
         finally:
             process.terminate()
+            await process.wait()
 
 
-async def until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+async def until_healthy(url: str, process: asyncio.subprocess.Process) -> None:
     """Wait for the stock server. Raises RuntimeError when it ends or takes too long."""
     async with aiohttp.ClientSession() as session, asyncio.timeout(TIMEOUT_S):
-        while process.poll() is None:
+        while process.returncode is None:
             try:
                 async with session.get(f"{url}/health_generate") as response:
                     if response.status == 200:
