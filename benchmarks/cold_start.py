@@ -9,7 +9,6 @@ means new processes; the files are in the page cache from the second repeat on, 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import signal
 import statistics
@@ -20,7 +19,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from flowprefill_sglang.bench.provenance import provenance
+sys.path.insert(0, str(Path(__file__).parent))
+from results_file import write_result
 
 POLL_S = 0.02
 TIMEOUT_S = 300.0
@@ -38,8 +38,7 @@ def main() -> int:
         values = [row[key] for row in rows]
         print(f"{key:<14}{min(values):8.1f}{statistics.median(values):8.1f}{max(values):8.1f}")
     if options.json:
-        result = provenance(["benchmarks/cold_start.py"], datetime.datetime.now(datetime.UTC)) | {"rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.json, seed=None, measured={"rows": rows})
     return 0
 
 

@@ -11,9 +11,7 @@ cleared, after it they are compared byte for byte. Each process polls every 0.2 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -27,8 +25,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-from flowprefill_sglang.bench.provenance import provenance
+from results_file import write_result
+
 from flowprefill_testing.kv_managers import RankMemory, free_port, sglang_context
 
 MIB: Final = 1 << 20
@@ -60,16 +60,14 @@ def main() -> int:
     rows = [row for page_tokens in options.page_tokens for row in measure_page_size(options, backends, page_tokens)]
     print_table(rows)
     if options.json:
-        result = {
-            **provenance(sys.argv, datetime.datetime.now(datetime.UTC)),
-            "seed": options.seed,
+        measured = {
             "measured_from_to": "sender.send() called -> decode poll() is Success, bytes compared afterwards",
             "token_bytes": BUFFERS * TOKEN_BYTES_A_BUFFER,
             "buffers": BUFFERS,
             "mooncake": MOONCAKE_ENVIRONMENT if "mooncake" in backends else "not importable",
             "rows": rows,
         }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.json, seed=options.seed, measured=measured)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import hashlib
 import json
 import os
@@ -23,10 +22,12 @@ from typing import Any
 
 import aiohttp
 
+sys.path.insert(0, str(Path(__file__).parent))
+from results_file import write_result
+
 from flowprefill_sglang.bench.client import RequestRecord, replay
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.plan import plan_requests
-from flowprefill_sglang.bench.provenance import provenance
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster, free_ports
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
@@ -129,8 +130,7 @@ async def replay_at(url: str, rows: list[TraceRequest]) -> list[RequestRecord]:
 
 def write(options: argparse.Namespace, summary: dict[str, Any], ours: list[RequestRecord], stock: list[Any]) -> None:
     """Provenance, summary and a row for each request."""
-    command = ["benchmarks/main_job.py", "--trace", options.trace.name, "--format", options.format]
-    result = provenance(command, datetime.datetime.now(datetime.UTC)) | {
+    measured = {
         "trace": {
             "file": options.trace.name,
             "sha256": hashlib.sha256(options.trace.read_bytes()).hexdigest(),
@@ -139,11 +139,10 @@ def write(options: argparse.Namespace, summary: dict[str, Any], ours: list[Reque
             "rate_scale": options.rate_scale,
             "max_output_tokens": MAX_OUTPUT_TOKENS,
         },
-        "seed": 0,
         **summary,
         "rows": [asdict(o) | {"stock_output_sha256": s.output_sha256} for o, s in zip(ours, stock, strict=True)],
     }
-    options.json.write_text(json.dumps(result) + "\n")
+    write_result(options.json, seed=0, measured=measured)
 
 
 if __name__ == "__main__":

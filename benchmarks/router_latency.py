@@ -27,7 +27,8 @@ from typing import Any
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from router_stand_ins import BODY, StandIns, environment, request_bytes, write_json
+from results_file import write_result
+from router_stand_ins import BODY, StandIns, request_bytes
 
 TARGETS = ("router", "direct")
 
@@ -202,7 +203,7 @@ def main() -> int:
                     flush=True,
                 )
     if arguments.json is not None:
-        write_json(arguments.json, environment(seed=arguments.seed) | {"rows": rows})
+        write_result(arguments.json, seed=arguments.seed, measured={"rows": rows})
     failed = sum(row[name]["failed"] + row[name]["missing"] for row in rows for name in TARGETS)
     return 1 if failed else 0
 

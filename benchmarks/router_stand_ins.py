@@ -10,17 +10,12 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import uvloop
 import zmq
 
@@ -219,28 +214,3 @@ class StandIns:
                 return bool(answer.status == 200)
         except OSError:
             return False
-
-
-def environment(*, seed: int) -> dict[str, Any]:
-    """What a result needs to be understood later."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    packages = ("uvicorn", "uvloop", "httptools", "starlette", "pyzmq", "msgspec", "flowprefill-sglang")
-    return {
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-        "seed": seed,
-        "hardware": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-    }
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
