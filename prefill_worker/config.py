@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,21 @@ class WorkerConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The worker's own flags; SGLang's are passed through."""
-    parser.add_argument("--router", required=True, metavar="tcp://HOST:PORT", help="the router's worker port")
+    parser.add_argument(
+        "--router", required=True, type=_endpoint, metavar="tcp://HOST:PORT", help="the router's worker port"
+    )
     parser.add_argument("--name", default=None, help="unique name of this worker (default: HOST-PID)")
+
+
+def _endpoint(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        is_endpoint = parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:  # a port that is no number
+        is_endpoint = False
+    if not is_endpoint:
+        raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT, the router's --worker-bind, got {text}")
+    return text
 
 
 def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -22,6 +23,10 @@ from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_to_
 from flowprefill_sglang.wire.messages import Dispatch, Hello
 
 logger = logging.getLogger(__name__)
+
+_JSON = "application/json"
+_GOODBYE_LINGER_MS = 200
+"""Longest wait, on the event loop, for the last messages to leave: the process ends next."""
 
 PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 """Handlers that a router may call; everything else goes to the worker's HTTP endpoint."""
@@ -36,16 +41,12 @@ class Engine(Protocol):
         """POST ``body`` to the engine's handler for ``path``: status, content type, body."""
         ...
 
-    def abort(self, rid: str) -> None:
-        """Stop working on a request; unknown ids are ignored."""
+    def abort(self, rids: Sequence[str]) -> None:
+        """Stop working on these prompts, named as in the body's ``rid``; unknown names are ignored."""
         ...
 
     def is_stopping(self) -> bool:
         """Whether the engine was told to stop."""
-        ...
-
-    def stop(self) -> None:
-        """Stop the engine, and with it this process."""
         ...
 
     async def hello(self, config: WorkerConfig) -> Hello:
@@ -53,12 +54,33 @@ class Engine(Protocol):
         ...
 
 
+class _Names(msgspec.Struct):
+    """What SGLang will call the prompts of a body: one name, or a list with one a prompt."""
+
+    rid: str | list[str] = msgspec.field(default_factory=list)
+
+
+_names_decoder = msgspec.json.Decoder(_Names)
+
+
+def names(body: Buffer) -> list[str]:
+    """The ``rid`` of a request's body, as a list; empty when it has none or is no such document. The link's own id of
+    the request is not it: clients may choose theirs, and a batch has one a prompt."""
+    try:
+        rid = _names_decoder.decode(body).rid
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+    return rid if isinstance(rid, list) else [rid]
+
+
 class _Running:
     """A request inside the engine."""
 
-    def __init__(self, task: asyncio.Task[None], disconnected: asyncio.Event) -> None:
-        self.task = task
-        self.disconnected = disconnected
+    def __init__(self, dispatch: Dispatch, body: Buffer) -> None:
+        self.dispatch = dispatch
+        self.body = body
+        self.disconnected = asyncio.Event()
+        self.names: list[str] = []  # filled when it is cancelled, which few are
 
 
 class Link:
@@ -67,14 +89,15 @@ class Link:
     def __init__(self, config: WorkerConfig, engine: Engine) -> None:
         self._config = config
         self._engine = engine
-        self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _Running] = {}  # by the link's id; a new request may take a cancelled one's place
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Greet the router and serve it until the link is over; the engine is then told to stop.
+        """Greet the router and serve it until the link is over: drained, or the engine is stopping.
 
-        Raises PeerFault when the router refuses this worker, which greeting it again would not change.
+        Raises PeerFault when the router refuses this worker, which greeting it again would not change, and whatever
+        ``Engine.hello`` raises.
         """
         loop = asyncio.get_running_loop()
         hello = await self._engine.hello(self._config)
@@ -85,15 +108,15 @@ class Link:
             now=loop.time(),
         )
         logger.info("worker %s greets the router at %s", hello.name, self._config.router)
+        self._context = zmq.asyncio.Context()
         try:
             self._connect()
             await self._serve(loop.time)
         finally:
             await self._do(self._session.leave("the worker stops"))
-            for running in list(self._running.values()):
-                running.task.cancel()
-            self._context.destroy(linger=200)
-        self._engine.stop()
+            for task in self._tasks:
+                task.cancel()
+            self._context.destroy(linger=_GOODBYE_LINGER_MS)
         if self._session.refusal:
             raise PeerFault(f"the router at {self._config.router} refused this worker: {self._session.refusal}")
 
@@ -133,13 +156,13 @@ class Link:
                 case Send():
                     await self._send(action)
                 case Prefill():
-                    self._start(action.dispatch, action.body)
+                    self._start(_Running(action.dispatch, action.body))
                 case Cancel():
                     self._cancel(action.rid)
                 case Reconnect():
                     self._connect()
                 case Log():
-                    logger.warning("%s", action.text)
+                    logger.log(action.level, "%s", action.text)
 
     async def _send(self, action: Send) -> None:
         assert self._socket is not None
@@ -162,40 +185,48 @@ class Link:
         socket.connect(self._config.router)
         self._socket = socket
 
-    def _start(self, dispatch: Dispatch, body: Buffer) -> None:
-        disconnected = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(self._prefill(dispatch, body, disconnected))
-        self._running[dispatch.rid] = _Running(task, disconnected)
+    def _start(self, running: _Running) -> None:
+        self._running[running.dispatch.rid] = running
+        task = asyncio.get_running_loop().create_task(self._prefill(running))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _prefill(self, dispatch: Dispatch, body: Buffer, disconnected: asyncio.Event) -> None:
-        rid = dispatch.rid
-        status, content_type = 404, "application/json"
-        answer = _error_body(f"a prefill worker does not serve {dispatch.path}", "not_found")
-        try:
-            if dispatch.path in PATHS:
+    async def _prefill(self, running: _Running) -> None:
+        rid, path = running.dispatch.rid, running.dispatch.path
+        if path not in PATHS:
+            status, content_type, answer = (
+                404,
+                _JSON,
+                _error_body(f"a prefill worker does not serve {path}", "not_found"),
+            )
+        else:
+            try:
                 status, content_type, answer = await self._engine.request(
-                    dispatch.path, dispatch.headers, body, disconnected
+                    path, running.dispatch.headers, running.body, running.disconnected
                 )
-        except Exception as error:
-            logger.exception("request %s failed inside SGLang", rid)
-            status, answer = 500, _error_body(f"{type(error).__name__}: {error}", "prefill_failed")
-        finally:
-            del self._running[rid]
-        if disconnected.is_set():
-            status, content_type, answer = 499, "application/json", _error_body("aborted", "aborted")
+            except Exception as error:
+                logger.exception("request %s failed inside SGLang", rid)
+                failure = _error_body(f"{type(error).__name__}: {error}", "prefill_failed")
+                status, content_type, answer = 500, _JSON, failure
+        if self._running.get(rid) is not running:
+            return  # a request of the same name came after this one was dropped; an answer now would seem to be its own
+        del self._running[rid]
+        if running.disconnected.is_set():
+            status, content_type, answer = 499, _JSON, _error_body("aborted", "aborted")
         await self._do(self._session.answered(rid, status, content_type, answer))
 
     def _cancel(self, rid: str) -> None:
         running = self._running.get(rid)
-        if running is not None:
+        if running is not None and not running.disconnected.is_set():
             running.disconnected.set()
-            self._engine.abort(rid)
+            running.names = names(running.body)
+            self._engine.abort(running.names)
 
     def _repeat_aborts(self) -> None:
-        """An abort that overtakes the request's own way to the scheduler finds nothing there, so it is said again."""
-        for rid, running in self._running.items():
+        """An abort that overtakes the request's own way into SGLang finds nothing there, so it is said again."""
+        for running in self._running.values():
             if running.disconnected.is_set():
-                self._engine.abort(rid)
+                self._engine.abort(running.names)
 
 
 def _error_body(message: str, code: str) -> bytes:

@@ -13,6 +13,7 @@ in flight for it is aborted: the KV it holds is worth more than an answer that n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -38,6 +39,9 @@ from flowprefill_sglang.wire.messages import (
     ToWorker,
     Welcome,
 )
+
+UNANSWERED_LOG_INTERVAL_S = 30.0
+"""How often a worker that no router answers says so: a wrong address looks like a router that is not up yet."""
 
 
 class State(Enum):
@@ -89,9 +93,10 @@ class Reconnect:
 
 @dataclass(frozen=True)
 class Log:
-    """Something an operator should read."""
+    """Something an operator should read; ``level`` is the standard library's."""
 
     text: str
+    level: int = logging.WARNING
 
 
 Action = Send | Prefill | Cancel | Reconnect | Log
@@ -114,6 +119,8 @@ class Session:
         self._dead_after_s = 0.0
         self._heard_at = now
         self._leave_at = float("inf")
+        self._greeting_since = now
+        self._complain_at = now + UNANSWERED_LOG_INTERVAL_S
         self.next_tick_at = now
 
     @property
@@ -127,8 +134,7 @@ class Session:
             self.next_tick_at = float("inf")
             return []
         if self.state is State.GREETING:
-            self.next_tick_at = now + self._hello_retry_s
-            return [Send(self._hello)]
+            return self._greet(now)
         if now - self._heard_at > self._dead_after_s:
             silent_s = now - self._heard_at
             return [Log(f"the router has been silent for {silent_s:.1f} s; greeting it again"), *self._greet_again(now)]
@@ -146,9 +152,11 @@ class Session:
             case Welcome():
                 return self._welcomed(message, now)
             case Refused():
+                if self.state is not State.GREETING:
+                    return [Log(f"ignored a refusal after the router's welcome: {message.reason}")]
                 self._move(State.REFUSED)
                 self.refusal = message.reason
-                return [Log(f"the router refused this worker: {message.reason}")]
+                return []
             case HelloAgain():
                 return [] if self.state is State.GREETING else self._greet_again(now)
             case Dispatch():
@@ -182,7 +190,7 @@ class Session:
             return []
         self._move(State.DRAINING)
         self._leave_at = now + self._leave_after_s
-        actions: list[Action] = [Log(f"draining: {reason}"), Send(Draining(reason=reason))]
+        actions: list[Action] = [Log(f"draining: {reason}", logging.INFO), Send(Draining(reason=reason))]
         return actions if self.in_flight else [*actions, *self.leave("drained")]
 
     def leave(self, reason: str) -> list[Action]:
@@ -195,6 +203,14 @@ class Session:
         self.in_flight.clear()
         return [*actions, Send(Goodbye(reason=reason))] if greeted else actions
 
+    def _greet(self, now: float) -> list[Action]:
+        self.next_tick_at = now + self._hello_retry_s
+        if now < self._complain_at:
+            return [Send(self._hello)]
+        self._complain_at = now + UNANSWERED_LOG_INTERVAL_S
+        waited_s = now - self._greeting_since
+        return [Log(f"no router has answered for {waited_s:.0f} s; greeting on"), Send(self._hello)]
+
     def _welcomed(self, message: Welcome, now: float) -> list[Action]:
         if self.state is not State.GREETING:
             return []  # the answer to a greeting that was sent twice
@@ -202,7 +218,7 @@ class Session:
         self._heartbeat_interval_s = message.heartbeat_interval_s
         self._dead_after_s = message.dead_after_s
         self.next_tick_at = now + self._heartbeat_interval_s
-        return [Log(f"joined router {message.router}")]
+        return [Log(f"joined router {message.router}", logging.INFO)]
 
     def _dispatched(self, message: Dispatch, body: Buffer) -> list[Action]:
         rid = message.rid
@@ -218,8 +234,9 @@ class Session:
         self._move(State.GREETING)
         cancelled = [Cancel(rid) for rid in sorted(self.in_flight)]
         self.in_flight.clear()
-        self.next_tick_at = now + self._hello_retry_s
-        return [*cancelled, Reconnect(), Send(self._hello)]
+        self._greeting_since = now
+        self._complain_at = now + UNANSWERED_LOG_INTERVAL_S
+        return [*cancelled, Reconnect(), *self._greet(now)]
 
     def _move(self, state: State) -> None:
         if state not in _NEXT[self.state]:

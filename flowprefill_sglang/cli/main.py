@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from flowprefill_sglang.cluster.process import die_with_parent
-from flowprefill_sglang.errors import FlowPrefillError
+from flowprefill_sglang.errors import BadInput, FlowPrefillError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _function(namespace.command, "run_{}")(namespace)
     except FlowPrefillError as error:
         print(f"flowprefill {namespace.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         return 130
 

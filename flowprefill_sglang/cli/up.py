@@ -9,9 +9,11 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 
@@ -21,72 +23,131 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill workers (default 1)")
     parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode instances (default 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=30000, help="the router's port, 0 for a free one (default 30000)")
+    parser.add_argument("--port", type=_port, default=30000, help="the router's port, 0 for a free one (default 30000)")
     parser.add_argument("--ready-file", type=Path, default=None, help="JSON written once requests are accepted")
     parser.add_argument("--log-dir", type=Path, default=None, help="where each process writes its log")
-    parser.add_argument("--router-args", default="", metavar="'FLAGS'", help="flags for the router, in one string")
+    parser.add_argument("--api-key", default=None, metavar="KEY", help="bearer token that clients must send")
+    parser.add_argument(
+        "--router-args", type=_flags, default=(), metavar="'FLAGS'", help="flags for the router, in one string"
+    )
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, or 0 for a free one, got {text}")
+    return int(text)
+
+
+def _flags(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected flags as a shell would take them, got {text}: {error}") from error
 
 
 def run_up(namespace: argparse.Namespace) -> int:
-    """Run the cluster; 0 after Ctrl-C or SIGTERM, 1 when a process ends by itself."""
+    """Run the cluster until it is told to stop. 0 after Ctrl-C or SIGTERM, 128 plus the signal's number when it came
+    before the cluster was ready, 1 when a process ends by itself. Raises StartupError, BadInput and PeerFault."""
+    ready_file: Path | None = namespace.ready_file
+    if ready_file is not None:
+        _require_writable(ready_file)
     spec = ClusterSpec(
         model_path=(namespace.model_path or make_tiny_model()).resolve(),
         prefill=namespace.prefill,
         decode=namespace.decode,
         host=namespace.host,
         port=namespace.port,
-        router_arguments=tuple(shlex.split(namespace.router_args)),
+        api_key=namespace.api_key,
+        router_arguments=namespace.router_args,
         sglang_arguments=tuple(namespace.rest),
-        log_dir=namespace.log_dir,
+        log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
     )
-    ready_file: Path | None = namespace.ready_file
-    try:
-        return asyncio.run(_run(spec, ready_file))
-    finally:
-        if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
-
-
-async def _run(spec: ClusterSpec, ready_file: Path | None) -> int:
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
     cluster = LocalCluster(spec, print_progress)
-    starting = asyncio.create_task(cluster.start())
-    stop = asyncio.create_task(stopped.wait())
+    cluster.check()
+    if ready_file is None:
+        return asyncio.run(_run(cluster, None))
+    ready_file.unlink(missing_ok=True)  # of a launcher that was killed
     try:
-        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
-        if stopped.is_set():
-            return 0
-        await starting
-        print(f"ready: {cluster.url}  (logs in {cluster.log_dir}; Ctrl-C ends it)", flush=True)
+        return asyncio.run(_run(cluster, ready_file))
+    finally:
+        ready_file.unlink(missing_ok=True)
+
+
+async def _run(cluster: LocalCluster, ready_file: Path | None) -> int:
+    stop = _stop_on_signals(cluster)
+    try:
+        await _first_of(cluster.start(), stop)
+        if stop.done():
+            return 128 + stop.result()
+        print_ready(cluster)
         if ready_file is not None:
             _write_ready_file(ready_file, cluster)
-        watching = asyncio.create_task(cluster.watch())
-        await asyncio.wait([watching, stop], return_when=asyncio.FIRST_COMPLETED)
-        if not stopped.is_set():
-            await watching  # raises: it returns for no other reason
-        watching.cancel()
+        await _first_of(cluster.watch(), stop)
         return 0
     finally:
-        starting.cancel()
-        stop.cancel()
-        await asyncio.wait([starting, stop])
-        print("stopping", file=sys.stderr, flush=True)
-        await cluster.stop(keep_logs=not stopped.is_set())
+        if cluster.names():
+            print("stopping; press Ctrl-C again to cut it short", file=sys.stderr, flush=True)
+        await cluster.stop(keep_logs=not stop.done())
+
+
+def _stop_on_signals(cluster: LocalCluster) -> asyncio.Future[int]:
+    """Set to the signal's number by the first one; the second one hurries the cluster's end."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        if stop.done():
+            cluster.hurry()
+        else:
+            stop.set_result(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+async def _first_of(work: Coroutine[None, None, None], stop: asyncio.Future[int]) -> None:
+    """Wait for ``work``, raising what it raises, or for the signal, which cancels it."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+    if not stop.done():
+        task.result()
+        return
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def print_progress(event: LaunchEvent) -> None:
     """One line a step, for a terminal or a log."""
     print(f"[{event.elapsed_s:6.1f} s] {event.name:<10} {event.state:<8} {event.detail}".rstrip(), flush=True)
+
+
+def print_ready(cluster: LocalCluster) -> None:
+    """Where the cluster is, and a request to try."""
+    key = "-H 'authorization: Bearer KEY' " if cluster.spec.api_key else ""
+    body = '{"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}}'
+    print(
+        f"""
+ready     {cluster.url}   (OpenAI clients: {cluster.url}/v1)
+model     {cluster.model}
+try       curl {cluster.url}/generate {key}-H 'content-type: application/json' -d '{body}'
+workers   curl {key}{cluster.url}/workers
+logs      {cluster.log_dir}
+Ctrl-C ends it.""",
+        flush=True,
+    )
+
+
+def _require_writable(ready_file: Path) -> None:
+    """Now, not after minutes of loading."""
+    if ready_file.is_dir() or not os.access(ready_file.absolute().parent, os.W_OK):
+        raise BadInput(f"--ready-file {ready_file}: expected a file in a folder that exists and can be written to")
 
 
 def _write_ready_file(path: Path, cluster: LocalCluster) -> None:

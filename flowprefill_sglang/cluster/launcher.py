@@ -9,21 +9,29 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import aiohttp
 
-from flowprefill_sglang.cluster.process import ChildProcess
-from flowprefill_sglang.errors import PeerFault, StartupError
+from flowprefill_sglang.cluster.ports import free_ports, local_url, require_free
+from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
+from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
 
 _POLL_INTERVAL_S = 0.1
-_INTERRUPT_GRACE_S = 8.0  # SGLang ends its children one after another
+_GONE = ("stopped", "failed")
+_WRONG_USE = 2  # argparse's exit status, and ours
+_INTERRUPT_GRACE_S = 8.0
+"""Wait after the first interrupt: the router lets running requests end, SGLang ends its children one after another."""
+_HURRY_GRACE_S = 3.0
+"""Wait after the second one, at which the router aborts what still runs and answers its clients."""
+
+State = Literal["starting", "loading", "ready", "stopped", "failed"]
+"""``stopped`` is a child that was told to end by somebody else, a drained worker for example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class ClusterSpec:
     port: int = 0
     """The router's HTTP port; 0 takes a free one."""
     router_arguments: tuple[str, ...] = ()
+    api_key: str | None = None
+    """The bearer token that clients must send, and the servers ask each other for."""
     sglang_arguments: tuple[str, ...] = ()
     """SGLang flags for every server."""
     prefill_arguments: tuple[str, ...] = ()
@@ -55,7 +65,7 @@ class LaunchEvent:
     """A step of one child on its way up."""
 
     name: str
-    state: Literal["starting", "loading", "ready", "failed"]
+    state: State
     elapsed_s: float
     detail: str = ""
 
@@ -64,8 +74,7 @@ class LaunchEvent:
 class _Member:
     process: ChildProcess
     url: str
-    state: str = "starting"
-    pending: set[str] = field(default_factory=set)
+    state: State = "starting"
 
 
 class LocalCluster:
@@ -76,9 +85,12 @@ class LocalCluster:
         self._on_progress = on_progress or (lambda event: None)
         self._members: dict[str, _Member] = {}
         self._log_dir = spec.log_dir
-        self._log_dir_is_ours = spec.log_dir is None
+        self._scratch_dir: Path | None = None
         self._started_at = 0.0
+        self._in_a_hurry = False
         self.url = ""
+        self.model = ""
+        """Name of the model, as clients ask for it; known once started."""
 
     @property
     def log_dir(self) -> Path:
@@ -100,32 +112,48 @@ class LocalCluster:
         await self.stop(keep_logs=kind is not None)
 
     async def start(self) -> None:
-        """Start everything and wait until requests are accepted. Raises StartupError, which quotes the guilty log."""
+        """Start everything and wait until requests are accepted.
+
+        Raises StartupError, which quotes the guilty log, and BadInput when a process does not take its flags. Call
+        ``stop`` afterwards in either case.
+        """
+        self.check()
+        self._started_at = asyncio.get_running_loop().time()
+        self._make_folders()
+        self._spawn_all()
+        await self._wait_until_ready()
+
+    def check(self) -> None:
+        """Raise StartupError for what can be known to fail before anything is started."""
         spec = self.spec
         if spec.prefill < 1 or spec.decode < 1:
             raise StartupError("a cluster needs at least one prefill worker and one decode instance")
         if not (spec.model_path / "config.json").is_file():
             raise StartupError(f"no model at {spec.model_path}: it has no config.json")
-        self._started_at = asyncio.get_running_loop().time()
+        require_free(spec.host, spec.port)
+
+    def _make_folders(self) -> None:
         if self._log_dir is None:
-            self._log_dir = Path(tempfile.mkdtemp(prefix="flowprefill-"))
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._spawn_all()
-        await self._wait_until_ready()
+            self._log_dir = Path(tempfile.mkdtemp(prefix="flowprefill-logs-"))
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            (self._log_dir / "router.log").open("ab").close()
+        except OSError as error:
+            raise StartupError(f"cannot write logs to {self._log_dir}: {error.strerror}") from error
+        self._scratch_dir = Path(tempfile.mkdtemp(prefix="flowprefill-"))
 
     def _spawn_all(self) -> None:
         spec = self.spec
         ports = iter(free_ports(2 + 2 * spec.prefill + spec.decode))
         port = spec.port or next(ports)
-        if spec.port:
-            _require_free(spec.host, spec.port)
         worker_bind = f"tcp://127.0.0.1:{next(ports)}"
         decode_urls = [f"http://127.0.0.1:{next(ports)}" for _ in range(spec.decode)]
-        decode_flags = [part for url in decode_urls for part in ("--decode", url)]
-        self.url = f"http://{_connectable(spec.host)}:{port}"
+        key = ["--api-key", spec.api_key] if spec.api_key else []
+        self.url = local_url(spec.host, port)
         listen = ["--host", spec.host, "--port", str(port), "--worker-bind", worker_bind]
-        self._spawn("router", self.url, ["router", *listen, *decode_flags, *spec.router_arguments])
-        model = ["--model-path", str(spec.model_path), "--host", "127.0.0.1"]
+        decode_flags = [part for url in decode_urls for part in ("--decode", url)]
+        self._spawn("router", self.url, ["router", *listen, *decode_flags, *key, *spec.router_arguments])
+        model = ["--model-path", str(spec.model_path), "--host", "127.0.0.1", *key]
         for index in range(spec.prefill):
             name = f"prefill-{index}"
             http_port = str(next(ports))
@@ -148,17 +176,24 @@ class LocalCluster:
         environment = {"PYTHONUNBUFFERED": "1"}
         if self.spec.threads is not None or "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(threads)
+        # SGLang 0.5.23 never removes its IPC sockets and lock files, so they get a folder that we remove. What PyTorch
+        # compiles is kept in the temporary folder too, and the next start should find it again.
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+        environment["TMPDIR"] = str(self._scratch_dir)
         return environment
 
     async def _wait_until_ready(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = self._started_at + self.spec.startup_timeout_s
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        headers = {"authorization": f"Bearer {self.spec.api_key}"} if self.spec.api_key else {}
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5), headers=headers) as session:
             while True:
                 self._raise_if_one_died()
                 workers = await _get_json(session, f"{self.url}/workers")
                 self._note_progress(workers)
                 if all(member.state == "ready" for member in self._members.values()):
+                    self.model = workers["workers"][0]["model"]
                     return
                 if loop.time() > deadline:
                     late = ", ".join(name for name, member in self._members.items() if member.state != "ready")
@@ -184,14 +219,17 @@ class LocalCluster:
     def _raise_if_one_died(self) -> None:
         for name, member in self._members.items():
             status = member.process.exit_status
-            if status is not None:
-                self._report(name, "failed", f"exit status {status}")
-                raise StartupError(
-                    f"{name} ended with status {status} while the cluster was starting. "
-                    f"The end of {member.process.log}:\n{member.process.last_words()}"
-                )
+            if status is None:
+                continue
+            self._report(name, "failed", describe_exit(status))
+            if status == _WRONG_USE:
+                raise BadInput(f"{name} does not take these flags: {member.process.last_words()}")
+            raise StartupError(
+                f"{name} {describe_exit(status)} while the cluster was starting. "
+                f"The end of {member.process.log}:\n{member.process.last_words()}"
+            )
 
-    def _report(self, name: str, state: Literal["starting", "loading", "ready", "failed"], detail: str = "") -> None:
+    def _report(self, name: str, state: State, detail: str = "") -> None:
         elapsed_s = asyncio.get_running_loop().time() - self._started_at
         self._on_progress(LaunchEvent(name, state, elapsed_s, detail))
 
@@ -216,39 +254,49 @@ class LocalCluster:
         while True:
             for name, member in self._members.items():
                 status = member.process.exit_status
-                if status is None or member.state == "failed":
+                if status is None or member.state in _GONE:
                     continue
-                member.state = "failed"
-                self._report(name, "failed", f"exit status {status}; its log is {member.process.log}")
+                member.state = "failed" if status else "stopped"
+                self._report(name, member.state, f"{describe_exit(status)}; its log is {member.process.log}")
                 kind = name.partition("-")[0]
-                if not any(m.state != "failed" for n, m in self._members.items() if n.partition("-")[0] == kind):
+                if not any(m.state not in _GONE for n, m in self._members.items() if n.partition("-")[0] == kind):
                     raise PeerFault(
-                        f"the cluster cannot serve any more: {name} ended with status {status}. "
-                        f"The end of its log:\n{member.process.last_words()}"
+                        f"the cluster cannot serve any more: {name} {describe_exit(status)}. "
+                        f"The end of {member.process.log}:\n{member.process.last_words()}"
                     )
             await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def stop(self, *, keep_logs: bool = False) -> None:
         """End everything: the router first, so that nothing new arrives, then the servers. Never raises for a child
-        that is gone already."""
+        that is gone already. ``keep_logs`` concerns the temporary folder; a ``log_dir`` of the caller's is kept."""
         router = self._members.get("router")
         if router is not None:
-            await _end([router.process])
-        await _end([member.process for member in self._members.values()])
+            await self._end([router.process])
+        await self._end([member.process for member in self._members.values()])
+        has_logs = bool(self._members)
         self._members.clear()
-        if self._log_dir is not None and self._log_dir_is_ours and not keep_logs:
+        if self._scratch_dir is not None:
+            shutil.rmtree(self._scratch_dir, ignore_errors=True)
+        if self._log_dir is not None and self.spec.log_dir is None and not (keep_logs and has_logs):
             shutil.rmtree(self._log_dir, ignore_errors=True)
 
+    def hurry(self) -> None:
+        """Do without the first grace in a ``stop`` that is under way, or to come."""
+        self._in_a_hurry = True
 
-async def _end(processes: Sequence[ChildProcess]) -> None:
-    for process in processes:
-        process.interrupt()
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _INTERRUPT_GRACE_S
-    while any(process.exit_status is None for process in processes) and loop.time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(_POLL_INTERVAL_S)  # a child's end raises no event that all platforms share
-    for process in processes:
-        process.kill()
+    async def _end(self, processes: Sequence[ChildProcess]) -> None:
+        """Two interrupts, each with its grace, then the end by force."""
+        loop = asyncio.get_running_loop()
+        for grace_s, can_be_cut in ((_INTERRUPT_GRACE_S, True), (_HURRY_GRACE_S, False)):
+            for process in processes:
+                process.interrupt()
+            deadline = loop.time() + grace_s
+            while any(process.exit_status is None for process in processes):
+                if loop.time() > deadline or (can_be_cut and self._in_a_hurry):
+                    break
+                await asyncio.sleep(_POLL_INTERVAL_S)  # a child's end raises no event that all platforms share
+        for process in processes:
+            process.kill()
 
 
 async def _get_json(session: aiohttp.ClientSession, url: str) -> Any:  # any JSON document
@@ -257,30 +305,3 @@ async def _get_json(session: aiohttp.ClientSession, url: str) -> Any:  # any JSO
             return await response.json() if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError):
         return None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now. They are not reserved: start what uses them soon."""
-    sockets = []
-    try:
-        for _ in range(count):
-            probe = socket.socket()
-            probe.bind(("127.0.0.1", 0))
-            sockets.append(probe)
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-
-
-def _connectable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,13 @@ from pathlib import Path
 PARENT_VARIABLE = "FLOWPREFILL_PARENT_PID"
 """Set for children: the process without which they should not live."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TAIL_BYTES = 64 * 1024
+_VERDICT = re.compile(r"(flowprefill|sglang)( [a-z]+)?: \S")
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words, as ``subprocess`` gives it: ``ended with status 1``, ``was killed by SIGKILL``."""
+    return f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
 
 
 def die_with_parent() -> None:
@@ -70,9 +78,16 @@ class ChildProcess:
         self._process.wait()
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of its log, for error messages."""
+        """What its log says about its end, for error messages: its own verdict if there is one, else the last lines.
+
+        A command's verdict is a line like ``flowprefill prefill: …`` or argparse's ``…: error: …``; libraries print
+        pages after it while the interpreter shuts down.
+        """
         try:
-            text = self.log.read_text(errors="replace")
+            with self.log.open("rb") as log:
+                log.seek(-min(_TAIL_BYTES, log.seek(0, os.SEEK_END)), os.SEEK_END)
+                tail = log.read().decode(errors="replace").strip().splitlines()
         except OSError as error:
             return f"(no log: {error})"
-        return "\n".join(text.strip().splitlines()[-lines:])
+        verdicts = [line for line in tail if _VERDICT.match(line)]
+        return verdicts[-1] if verdicts else "\n".join(tail[-lines:])

@@ -14,10 +14,6 @@ from flowprefill_sglang.errors import StartupError
 from flowprefill_sglang.integration.hooks import Hook, HookKind, sglang_version
 
 
-def prepare() -> None:
-    """Nothing beside the hooks."""
-
-
 def hooks() -> list[Hook]:
     """What ``integration.plugin`` registers."""
     return [
@@ -67,6 +63,9 @@ def send_cached_prefix_without_event(original: Callable[..., None], scheduler: A
 
 def choose_cpu_options(result: None, server_args: Any) -> None:  # SGLang's ServerArgs
     """After ``handle_pd_disaggregation``: default to retraction backups in CPU tensors, refuse what needs a GPU.
+
+    SGLang would choose the host pool, which is made of pinned memory. A hook and not a platform's default: SGLang's own
+    CPU engine needs it as much as our platform does, and later rules read the setting before platforms set theirs.
 
     Raises ValueError, as SGLang's own argument checks do.
     """

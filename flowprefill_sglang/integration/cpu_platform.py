@@ -24,11 +24,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Settings that a CPU needs unless the user gave others.
 
         Overlap scheduling hides launch latency behind an asynchronous device, which a CPU is not, and its PD paths use
-        CUDA events. A decode instance keeps the KV of a retracted request in ordinary tensors: the host pool, which
-        SGLang would choose, is made of pinned memory. ``--dtype auto`` is float32: SGLang would run a float32 model in
-        float16, which CPUs compute several times slower, and whose rounding makes greedy output depend on how requests
-        were batched and chunked. A scheduler that has nothing at all to do waits for a message instead of spinning:
-        its core is somebody else's core here.
+        CUDA events. ``--dtype auto`` is float32: SGLang would run a float32 model in float16, which CPUs compute
+        several times slower, and whose rounding makes greedy output depend on how requests were batched and chunked. A
+        scheduler that has nothing at all to do waits for a message instead of spinning: its core is somebody else's
+        core here. What disaggregation needs beside this is in ``cpu_disaggregation``.
         """
         server_args.sleep_on_idle = True
         if server_args.dtype == "auto":
@@ -36,8 +35,6 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_overlap_schedule = True
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = KV_POOL_TOKENS
-        if server_args.disaggregation_mode == "decode" and server_args.disaggregation_decode_retraction_backup is None:
-            server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
 
     def get_device(self, device_id: int = 0) -> str:
         """The name, as ``DeviceMixin`` declares it; SGLang 0.5.23's CPU mixin returns a ``torch.device``, on which the

@@ -33,11 +33,10 @@ class SGLangEngine:
         """What SGLang's endpoint at ``path`` answers to a POST of ``body``: status, content type, body."""
         return await call(self._app, "POST", path, headers, body, disconnected)
 
-    def abort(self, rid: str) -> None:
-        """Abort the request, and those of a batch, whose ids start with it. Unknown ids are ignored."""
-        manager = self._tokenizer_manager
-        for known in [known for known in manager.rid_to_state if known.startswith(rid)]:
-            manager.abort_request(known)
+    def abort(self, rids: Sequence[str]) -> None:
+        """Abort the prompts of these names. Those that SGLang does not know yet, or any more, are ignored."""
+        for rid in rids:
+            self._tokenizer_manager.abort_request(rid)
 
     def is_stopping(self) -> bool:
         """Whether SGLang was told to stop (SIGTERM) and is finishing what it has."""

@@ -40,7 +40,6 @@ def _register() -> None:
     hooks = [*transfer_backend.hooks()]
     checks = [transfer_backend.check]
     if not platform.has_accelerator():
-        cpu_disaggregation.prepare()
         hooks += cpu_disaggregation.hooks()
         checks.append(cpu_disaggregation.check)
     register_hooks(hooks)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from flowprefill_sglang.errors import FlowPrefillError, InternalError, StartupError
+from flowprefill_sglang.errors import BadInput, FlowPrefillError, InternalError, StartupError
 from flowprefill_sglang.integration.plugin import require_loaded
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
@@ -33,7 +33,8 @@ package."""
 def serve_prefill(config: WorkerConfig, sglang_arguments: Sequence[str]) -> int:
     """Run a prefill worker until it is told to stop; returns the process's exit status.
 
-    ``sglang_arguments`` are SGLang's own flags. Raises StartupError for what cannot work.
+    ``sglang_arguments`` are SGLang's own flags. Raises BadInput for those that cannot work here, StartupError
+    for what SGLang refuses, PeerFault when the router refuses this worker.
     """
     server_args = _parse(["--disaggregation-mode", "prefill", *DEFAULT_FLAGS, *sglang_arguments])
     _refuse_what_cannot_work(server_args)
@@ -98,7 +99,7 @@ def _refuse_what_cannot_work(server_args: ServerArgs) -> None:
     }
     for reason, applies in refusals.items():
         if applies:
-            raise StartupError(f"a FlowPrefill prefill worker cannot run with {reason}")
+            raise BadInput(f"a FlowPrefill prefill worker cannot run with {reason}")
 
 
 class _LinkOnTheServersLoop:
@@ -144,4 +145,5 @@ class _LinkOnTheServersLoop:
         except Exception as error:
             logger.exception("the link to the router broke; this worker stops")
             self.failure = InternalError(f"the link to the router broke: {type(error).__name__}: {error}")
-            engine.stop()
+        if not engine.is_stopping():
+            engine.stop()  # without a link, nobody would send it anything

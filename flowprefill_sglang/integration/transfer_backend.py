@@ -50,13 +50,13 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Enum, class_typ
     """Around SGLang's ``get_kv_class``: our classes for our backend, SGLang's for every other."""
     if transfer_backend.value != NAME or class_type.value == "kvargs":
         return original(transfer_backend, class_type)
-    from flowprefill_sglang.kv import backend
+    from flowprefill_sglang.kv import endpoints, manager
 
     return {
-        "manager": backend.ZmqKVManager,
-        "sender": backend.ZmqKVSender,
-        "receiver": backend.ZmqKVReceiver,
-        "bootstrap_server": backend.ZmqKVBootstrapServer,
+        "manager": manager.ZmqKVManager,
+        "sender": endpoints.ZmqKVSender,
+        "receiver": endpoints.ZmqKVReceiver,
+        "bootstrap_server": endpoints.ZmqKVBootstrapServer,
     }[class_type.value]
 
 
@@ -72,7 +72,10 @@ def check() -> None:
     except ValueError as error:
         raise _unfit("disaggregation.utils.TransferBackend") from error
     for class_type in utils.KVClassType:
-        found = utils.get_kv_class(member, class_type)
+        try:
+            found = utils.get_kv_class(member, class_type)
+        except ValueError:  # what SGLang's own function says of a backend that it does not know
+            found = None
         if class_type.value != "kvargs" and not getattr(found, "__module__", "").startswith("flowprefill_sglang."):
             raise _unfit(f"{_TARGET} ({class_type.value})")
     for name, module in list(sys.modules.items()):

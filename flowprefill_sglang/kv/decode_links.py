@@ -156,8 +156,12 @@ class DecodeLinks:
             message = Rejected(room=room, transfer=closed.incoming.transfer, reason=reason)
             self._mailbox.post(lambda: self._tell_prefill(closed.prefill, message))
 
+    def is_linked(self, prefill: str) -> bool:
+        """Whether a prefill rank is connected, as far as this side has noticed."""
+        return any(link.prefill == prefill for link in list(self._links.values()))
+
     def shut_down(self) -> None:
-        """Close all connections and end the thread. For tests and benchmarks."""
+        """Fail what is in flight, close all connections and end the thread."""
         self._mailbox.post(self._begin_shut_down)
         self._thread.join()
         self._socket.disable_monitor()
@@ -198,6 +202,7 @@ class DecodeLinks:
                 self._say(identity, Credit(chunks=link.credit.total))
 
     def _begin_shut_down(self) -> None:
+        self._fail_rooms(lambda _: True, "the decode side is shutting down")
         self._is_closing = True
 
     def _receive(self, identity: bytes, frames: list[memoryview]) -> None:
@@ -253,8 +258,8 @@ class DecodeLinks:
             self._fail(room, f"prefill {link.prefill}: {fault}")
             return
         if isinstance(message, End):
-            self._take(message.room, room)
-            self._on_complete(message.room)
+            if self._take(message.room, room) is not None:  # close() may have been faster, after the last write
+                self._on_complete(message.room)
             self._say(identity, Accepted(room=message.room, transfer=message.transfer))
 
     def _admit_and_write(

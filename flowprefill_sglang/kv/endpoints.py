@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferDestination
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer, CommonKVReceiver, CommonKVSender
-from sglang.srt.utils.network import NetworkAddress
 
+from flowprefill_sglang.kv.decode_side import rank_name
 from flowprefill_sglang.kv.manager import ZmqKVManager
+from flowprefill_sglang.kv.prefill_side import PrefillSide
 
 
 class ZmqKVSender(CommonKVSender):
@@ -24,28 +25,30 @@ class ZmqKVSender(CommonKVSender):
     def __init__(
         self, mgr: ZmqKVManager, bootstrap_addr: str, bootstrap_room: int, req_has_disagg_prefill_dp_rank: bool = False
     ) -> None:
-        mgr.claim_room(bootstrap_room)
+        assert isinstance(mgr.side, PrefillSide)
+        mgr.side.claim_room(bootstrap_room)
         super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
 
     def clear(self) -> None:
         """The scheduler is about to forget the request, and to free its pages if it has not ended."""
-        if self.kv_mgr.request_status.get(self.bootstrap_room) not in (None, KVPoll.Success, KVPoll.Failed):
-            self.kv_mgr.record_failure(self.bootstrap_room, "prefill gave the request up")
-            self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        is_given_up = self.kv_mgr.request_status.get(self.bootstrap_room) not in (None, KVPoll.Success, KVPoll.Failed)
+        if is_given_up:
+            self.kv_mgr.fail_room(self.bootstrap_room, "prefill gave the request up")
         super().clear()
+        if is_given_up:
+            self.kv_mgr.forget_failure(self.bootstrap_room)  # nobody will ask for it
 
 
 class ZmqKVReceiver(CommonKVReceiver):
     """One request's transfer on the decode side."""
 
-    _transfer: int | None = None
-
     def init(self, prefill_dp_rank: int) -> None:
         """Connect to the request's prefill rank, unless it is one that cannot be served."""
-        reason = self.kv_mgr.refusal_of(self.bootstrap_addr)
+        reason = self.kv_mgr.side.refusal_of(self.bootstrap_addr)
         if reason is not None:
             self._fail(reason)
             return
+        self.kv_mgr.side.forget_lost_ranks(self.bootstrap_addr)
         super().init(prefill_dp_rank)
 
     def send_metadata(
@@ -66,13 +69,18 @@ class ZmqKVReceiver(CommonKVReceiver):
         if self.kv_mgr.request_status.get(self.bootstrap_room) in (None, KVPoll.Failed):
             return  # it failed while the scheduler reserved pages; poll() says so
         (info,) = self.bootstrap_infos  # equal TP: one rank
-        self._transfer = self.kv_mgr.decode_links.open(
+        transfer = self.kv_mgr.side.links.open(
             self.bootstrap_room,
             page_ids=np.asarray(kv_indices, dtype=np.int32),
             aux_index=aux_index,
-            prefill=NetworkAddress(info["rank_ip"], int(info["rank_port"])).to_host_port_str(),
+            prefill=rank_name(info),
         )
-        message = self.kv_mgr.announcement(self.bootstrap_room, self._transfer, len(kv_indices), decode_prefix_len or 0)
+        message = self.kv_mgr.side.announcement(
+            self.bootstrap_room,
+            transfer=transfer,
+            pages=len(kv_indices),
+            decode_prefix_tokens=decode_prefix_len or 0,
+        )
         if not self._send_bootstrap_message(bootstrap_info=info, message=message, operation="send_metadata"):
             self.invalidate_cached_bootstrap_infos()
             return
@@ -80,12 +88,11 @@ class ZmqKVReceiver(CommonKVReceiver):
 
     def clear(self) -> None:
         """The scheduler is about to forget the request and to use its pages otherwise."""
-        self.kv_mgr.decode_links.close(self.bootstrap_room, "decode gave the request up")
+        self.kv_mgr.side.stop(self.bootstrap_room, "decode gave the request up")
         super().clear()
 
     def _fail(self, reason: str) -> None:
-        self.kv_mgr.record_failure(self.bootstrap_room, reason)
-        self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        self.kv_mgr.fail_room(self.bootstrap_room, reason)
         self.conclude_state = KVPoll.Failed
 
 

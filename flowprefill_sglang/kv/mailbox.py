@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import threading
 from collections.abc import Callable
 
 
@@ -16,16 +17,19 @@ class Mailbox:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._read_end, False)
         os.set_blocking(self._write_end, False)
+        self._write_lock = threading.Lock()  # the number of a closed pipe may be another file's by the next write
+        self._is_closed = False
 
     def fileno(self) -> int:
         """Readable while calls are waiting."""
         return self._read_end
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have the owner run ``call``, after those posted before it."""
+        """Have the owner run ``call``, after those posted before it. Nothing happens once the mailbox is closed."""
         self._calls.put(call)
-        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the owner is awake already
-            os.write(self._write_end, b"\0")
+        with self._write_lock, contextlib.suppress(BlockingIOError):  # the pipe is full, so the owner is awake already
+            if not self._is_closed:
+                os.write(self._write_end, b"\0")
 
     def run_all(self) -> None:
         """Run what was posted, in order. An exception of a call leaves the later ones for the next time."""
@@ -39,6 +43,8 @@ class Mailbox:
             call()
 
     def close(self) -> None:
-        """Nothing is posted any more."""
-        os.close(self._read_end)
-        os.close(self._write_end)
+        """The owner has ended: what is posted from now on is not run."""
+        with self._write_lock:
+            self._is_closed = True
+            os.close(self._read_end)
+            os.close(self._write_end)

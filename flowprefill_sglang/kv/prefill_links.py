@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ import zmq
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kernels.kv_pages import block_bytes, gather_pages
 from flowprefill_sglang.kv.layout import Layout, Span, largest_chunk_bytes, layout_mismatch
-from flowprefill_sglang.kv.links import LINK_LOST_EVENTS, configure_link, has_lost_link
+from flowprefill_sglang.kv.links import has_lost_link
 from flowprefill_sglang.kv.mailbox import Mailbox
 from flowprefill_sglang.kv.messages import (
     PROTOCOL_VERSION,
@@ -41,9 +40,10 @@ from flowprefill_sglang.kv.messages import (
     decode_from_decode,
     encode,
 )
+from flowprefill_sglang.kv.prefill_link import Link, Room, open_link
 from flowprefill_sglang.kv.settings import KvSettings
 from flowprefill_sglang.kv.staging import StagingPool
-from flowprefill_sglang.kv.transfer import OutgoingTransfer, PageIds, RoomFault, SendCredit, Sending
+from flowprefill_sglang.kv.transfer import OutgoingTransfer, PageIds, RoomFault
 
 logger = logging.getLogger(__name__)
 
@@ -57,28 +57,6 @@ class Waitable(Protocol):
 
     def synchronize(self) -> None:
         """Return when what was recorded has happened."""
-
-
-@dataclass(kw_only=True)
-class _Room:
-    outgoing: OutgoingTransfer
-    announce: Announce
-    link: _Link
-    aux_index: int | None = None
-
-
-@dataclass(kw_only=True)
-class _Link:
-    peer: Register
-    socket: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
-    opened_at: float
-    heard_at: float
-    is_welcome: bool = False
-    credit: SendCredit = field(default_factory=SendCredit)
-    rooms: dict[int, _Room] = field(default_factory=dict)
-    ready: dict[int, _Room] = field(default_factory=dict)
-    """Rooms with something to send, in the order of their turns."""
 
 
 class PrefillLinks:
@@ -115,9 +93,11 @@ class PrefillLinks:
             pin=any(buffer.is_cuda for buffer in buffers),
         )
         self._context = zmq.Context()
+        # A link takes three: itself, and both ends of its monitor. ZeroMQ's default of 1,023 is 341 decode ranks.
+        self._context.set(zmq.MAX_SOCKETS, 3 * _MAX_KNOWN_PEERS)
         self._peers: dict[str, Register] = {}
-        self._links: dict[str, _Link] = {}
-        self._rooms: dict[int, _Room] = {}
+        self._links: dict[str, Link] = {}
+        self._rooms: dict[int, Room] = {}
         self._cancelled: set[int] = set()  # added to by any thread, before a cancelled room's pages are given back
         self._mailbox = Mailbox()
         self._is_closing = False
@@ -149,7 +129,7 @@ class PrefillLinks:
         self._mailbox.post(lambda: self._cancel(room, reason))
 
     def close(self) -> None:
-        """Fail what is in flight, close all connections and end the thread. For tests and benchmarks."""
+        """Fail what is in flight, close all connections and end the thread."""
         self._mailbox.post(self._begin_close)
         self._thread.join()
         self._context.destroy(linger=0)
@@ -183,18 +163,24 @@ class PrefillLinks:
             if link.socket in events:
                 self._receive(link)
             if link.monitor in events and has_lost_link(link.monitor):
-                self._drop(link, f"lost the connection to decode {link.peer.host}:{link.peer.link_port}")
-            self._check_time(link)
+                self._drop(link, f"lost the connection to {link.name}")
+            reason = link.overdue(self._settings, self._clock())
+            if reason is not None:
+                self._drop(link, reason)
 
     def _register(self, peer: Register) -> None:
-        self._peers.pop(peer.session, None)
+        known = self._peers.pop(peer.session, None)
         self._peers[peer.session] = peer
         if len(self._peers) > _MAX_KNOWN_PEERS:
-            self._peers.pop(next(session for session in self._peers if session not in self._links), None)
+            oldest = next((session for session in self._peers if session not in self._links), peer.session)
+            del self._peers[oldest]  # without a link, it introduces itself again before its next room
+            if oldest == peer.session:
+                logger.error("decode %s:%s cannot be served: too many are connected", peer.host, peer.control_port)
+                return
         refusal = self._refusal(peer)
-        if refusal is not None:
+        if refusal is not None and known != peer:
             logger.error("decode %s:%s cannot be served: %s", peer.host, peer.control_port, refusal)
-        elif peer.session not in self._links:
+        elif refusal is None and peer.session not in self._links:
             self._connect(peer)
 
     def _refusal(self, peer: Register) -> str | None:
@@ -207,19 +193,15 @@ class PrefillLinks:
             return f"decode takes messages of at most {peer.max_chunk_bytes} bytes, less than one page of a buffer"
         return layout_mismatch(prefill=self._layout, decode=peer.layout)
 
-    def _connect(self, peer: Register) -> _Link:
-        socket = self._context.socket(zmq.DEALER)
-        configure_link(socket, self._settings, peer.host)
-        # A new connection is a new handshake with fresh credit, so ZeroMQ must not reconnect behind our back.
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        socket.setsockopt(zmq.SNDHWM, 0)  # credit is the bound
-        monitor = socket.get_monitor_socket(LINK_LOST_EVENTS)
-        host = f"[{peer.host}]" if ":" in peer.host else peer.host
-        socket.connect(f"tcp://{host}:{peer.link_port}")
+    def _connect(self, peer: Register) -> Link | str:
+        """A new link, or why there is none."""
         hello = Hello(protocol=PROTOCOL_VERSION, prefill=self._name, session=peer.session, layout=self._layout)
-        socket.send(encode(hello))
-        now = self._clock()
-        link = _Link(peer=peer, socket=socket, monitor=monitor, opened_at=now, heard_at=now)
+        try:
+            link = open_link(self._context, peer, hello, self._settings, self._clock())
+        except zmq.ZMQError as error:
+            reason = f"no connection to decode {peer.host}:{peer.link_port} can be made: {error}"
+            logger.error("%s", reason)
+            return reason
         self._links[peer.session] = link
         return link
 
@@ -235,6 +217,9 @@ class PrefillLinks:
         if announce.room in self._rooms:
             self._fail(self._rooms[announce.room], "decode announced the same room again")
         link = self._links.get(announce.session) or self._connect(peer)
+        if isinstance(link, str):
+            self._on_failed(announce.room, link, announce)
+            return
         outgoing = OutgoingTransfer(
             room=announce.room,
             transfer=announce.transfer,
@@ -242,7 +227,7 @@ class PrefillLinks:
             page_bytes=self._layout.page_bytes,
             chunk_bytes=min(self._settings.chunk_bytes, peer.max_chunk_bytes),
         )
-        room = _Room(outgoing=outgoing, announce=announce, link=link)
+        room = Room(outgoing=outgoing, announce=announce, link=link)
         self._rooms[announce.room] = link.rooms[announce.room] = room
 
     def _send(
@@ -275,7 +260,7 @@ class PrefillLinks:
 
     # ---- sending ----------------------------------------------------------------------------------------------
 
-    def _send_one(self, link: _Link) -> bool | None:
+    def _send_one(self, link: Link) -> bool | None:
         """Send one message of the next room that can send: True. False: nothing can be sent before something comes in.
         None: only a staging buffer is lacking."""
         if not link.is_welcome:
@@ -301,15 +286,15 @@ class PrefillLinks:
                     [header, _bytes_of(block)], copy=False, track=True, flags=zmq.DONTWAIT
                 )
             except zmq.Again:
-                self._drop(link, f"lost the connection to decode {link.peer.host}:{link.peer.link_port}")
+                self._drop(link, f"lost the connection to {link.name}")
                 return True
             if staging is not None:
                 staging.lend(tracker)
-            self._sent(room, is_end=due is None)
+            link.message_sent(room, is_end=due is None, now=self._clock())
             return True
         return False
 
-    def _fill(self, room: _Room, due: tuple[Span, PageIds] | None, block: torch.Tensor) -> bytes:
+    def _fill(self, room: Room, due: tuple[Span, PageIds] | None, block: torch.Tensor) -> bytes:
         outgoing = room.outgoing
         where = {"transfer": outgoing.transfer, "sequence": outgoing.sequence}
         if due is None:
@@ -320,22 +305,9 @@ class PrefillLinks:
         digest = checksum(_bytes_of(block), **where)
         return encode(Chunk(room=outgoing.room, span=span, checksum=digest, **where))
 
-    def _sent(self, room: _Room, *, is_end: bool) -> None:
-        number, link = room.outgoing.room, room.link
-        if link.credit.in_flight == 0 and not any(r.outgoing.state is Sending.ENDED for r in link.rooms.values()):
-            link.heard_at = self._clock()  # the link was idle: its silence counts from now
-        del link.ready[number]
-        if is_end:
-            room.outgoing.end_sent()
-        else:
-            link.credit.take()
-            room.outgoing.span_sent()
-            if room.outgoing.has_work:
-                link.ready[number] = room  # to the back of the queue
-
     # ---- what comes back --------------------------------------------------------------------------------------
 
-    def _receive(self, link: _Link) -> None:
+    def _receive(self, link: Link) -> None:
         while link.peer.session in self._links:
             try:
                 frames = link.socket.recv_multipart(zmq.DONTWAIT)
@@ -345,9 +317,9 @@ class PrefillLinks:
             try:
                 self._handle(link, decode_from_decode(frames))
             except PeerFault as fault:
-                self._drop(link, f"decode {link.peer.host}:{link.peer.link_port} broke the protocol: {fault}")
+                self._drop(link, f"{link.name} broke the protocol: {fault}")
 
-    def _handle(self, link: _Link, message: FromDecode) -> None:
+    def _handle(self, link: Link, message: FromDecode) -> None:
         match message:
             case Welcome():
                 link.credit.open(message.credit_chunks)
@@ -355,7 +327,7 @@ class PrefillLinks:
             case Credit():
                 link.credit.allow(message.chunks)
             case Refused():
-                self._drop(link, f"decode {link.peer.host}:{link.peer.link_port} refused: {message.reason}")
+                self._drop(link, f"{link.name} refused: {message.reason}")
             case Accepted() | Rejected():
                 room = link.rooms.get(message.room)
                 if room is None or room.outgoing.transfer != message.transfer:
@@ -373,38 +345,21 @@ class PrefillLinks:
 
     # ---- endings ----------------------------------------------------------------------------------------------
 
-    def _check_time(self, link: _Link) -> None:
-        now = self._clock()
-        if not link.is_welcome:
-            if now - link.opened_at > self._settings.handshake_timeout_s:
-                self._drop(link, f"decode {link.peer.host}:{link.peer.link_port} did not answer the KV handshake")
-            return
-        is_due = link.credit.in_flight or any(r.outgoing.state is Sending.ENDED for r in link.rooms.values())
-        if is_due and now - link.heard_at > self._settings.stall_timeout_s:
-            self._drop(
-                link,
-                f"decode {link.peer.host}:{link.peer.link_port} has taken no KV for {self._settings.stall_timeout_s} s",
-            )
-
-    def _fail(self, room: _Room, reason: str) -> None:
+    def _fail(self, room: Room, reason: str) -> None:
         room.outgoing.fail()
         self._forget(room)
         self._on_failed(room.outgoing.room, reason, room.announce)
 
-    def _forget(self, room: _Room) -> None:
-        number = room.outgoing.room
-        self._rooms.pop(number, None)
-        room.link.rooms.pop(number, None)
-        room.link.ready.pop(number, None)
+    def _forget(self, room: Room) -> None:
+        self._rooms.pop(room.outgoing.room, None)
+        room.link.forget(room.outgoing.room)
 
-    def _drop(self, link: _Link, reason: str) -> None:
+    def _drop(self, link: Link, reason: str) -> None:
         """Close a connection and fail every room on it. The peer's next room opens a new one."""
         if self._links.pop(link.peer.session, None) is None:
             return
         logger.log(logging.ERROR if link.rooms else logging.INFO, "%s (%d rooms affected)", reason, len(link.rooms))
-        link.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        link.socket.close(linger=0)
+        link.close()
         for room in list(link.rooms.values()):
             self._fail(room, reason)
 

@@ -37,7 +37,12 @@ def test_every_command_has_help(command: str) -> None:
         (("dance",), "invalid choice: 'dance'"),
         (("version", "--dance"), "unrecognized arguments: --dance"),
         (("up", "--prefill", "0"), "expected a whole number of at least 1, got 0"),
+        (("up", "--port", "99999"), "expected a port from 1 to 65535, or 0 for a free one, got 99999"),
+        (("up", "--ready-file", "/no/such/folder/f"), "expected a file in a folder that exists"),
         (("prefill",), "the following arguments are required: --router"),
+        (("prefill", "--router", "localhost:30100"), "expected tcp://HOST:PORT"),
+        (("prefill", "--router", "tcp://localhost"), "expected tcp://HOST:PORT"),
+        (("prefill", "--router", "tcp://localhost:x"), "expected tcp://HOST:PORT"),
     ],
 )
 def test_wrong_use_is_status_2_and_says_what_was_expected(words: tuple[str, ...], expected: str) -> None:
@@ -66,10 +71,35 @@ def test_up_on_a_port_that_is_taken(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_up_where_no_logs_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = flowprefill("up", "--port", "0", "--model-path", str(tmp_path), "--log-dir", str(tmp_path / "config.json"))
+    assert done.returncode == 1
+    assert f"cannot write logs to {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_up_with_flags_that_a_process_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    files = ("--model-path", str(tmp_path), "--log-dir", str(tmp_path / "logs"))
+    done = flowprefill("up", "--port", "0", *files, "--router-args=--queue-size many")
+    assert done.returncode == 2
+    assert "router does not take these flags" in done.stderr
+    assert "argument --queue-size: invalid int value: 'many'" in done.stderr
+
+
+def test_up_on_an_address_that_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = flowprefill("up", "--port", "0", "--model-path", str(tmp_path), "--host", "no-such-host.invalid")
+    assert done.returncode == 1
+    assert "no such address: --host no-such-host.invalid" in done.stderr
+
+
 def test_up_quotes_the_process_that_could_not_start(tmp_path: Path) -> None:
     """A model that SGLang cannot load: its own message, at once, and nothing left running."""
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_type"}')
-    done = flowprefill("up", "--port", "0", "--model-path", str(tmp_path))
+    files = ("--model-path", str(tmp_path), "--log-dir", str(tmp_path / "logs"))
+    done = flowprefill("up", "--port", "0", *files)
     assert done.returncode == 1
     assert "ended with status" in done.stderr
     assert "no_such_type" in done.stderr

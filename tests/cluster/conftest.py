@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flowprefill_sglang.cluster.launcher import free_ports
+from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing.clusters import CHUNK_TOKENS, CONTEXT_TOKENS, PAGE_TOKENS, Cluster, answers, wait_until
 
@@ -35,7 +35,9 @@ def _servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     directory = tmp_path_factory.mktemp("cluster")
     ready_file, log_dir = directory / "ready.json", directory / "logs"
     (stock_port,) = free_ports(1)
-    environment = {**os.environ, **STRICT}
+    temporary = directory / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, **STRICT, "TMPDIR": str(temporary)}
     flags = ["--model-path", str(model_path), "--context-length", str(CONTEXT_TOKENS), "--max-total-tokens", "40000"]
     stock_log = directory / "stock.log"
     up_log = directory / "up.log"

@@ -6,7 +6,7 @@ import pytest
 
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import CHUNK_TOKENS, PAGE_TOKENS, Cluster
-from flowprefill_testing.http import at_once, generate, post, stream
+from flowprefill_testing.http import at_once, generate, get, post, stream
 
 pytestmark = pytest.mark.cluster
 
@@ -36,9 +36,8 @@ def test_greedy_answers_equal_a_stock_engines(cluster: Cluster, stock_url: str) 
     assert len({answer[1] for answer in ours}) > len(LENGTHS) * 3 // 4, "prompts that differ are answered differently"
 
 
-def test_both_workers_took_part(cluster: Cluster) -> None:
-    from flowprefill_testing.http import get
-
+def test_both_workers_take_part(cluster: Cluster) -> None:
+    at_once(lambda number: generate(cluster.url, input_ids=prompts.ids(500, number)), list(range(8)), workers=8)
     _, document = get(f"{cluster.url}/workers")
     prefill = [worker for worker in document["workers"] if worker["type"] == "prefill"]
     assert sorted(worker["name"] for worker in prefill) == ["prefill-0", "prefill-1"]

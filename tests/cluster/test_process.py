@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from flowprefill_sglang.cluster.process import ChildProcess
+from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
 
 
 def wait_for(condition, timeout_s: float = 20.0) -> None:
@@ -39,13 +39,30 @@ def test_wrong_use_is_seen_in_the_last_words(tmp_path: Path) -> None:
     assert "unrecognized arguments: --nonsense" in child.last_words()
 
 
+def test_a_verdict_is_found_before_the_noise_of_the_end(tmp_path: Path) -> None:
+    child = ChildProcess("v", ["version"], tmp_path / "v.log", {})
+    wait_for(lambda: child.exit_status is not None)
+    noise = "".join(f" - leaked function {number}\n" for number in range(100))
+    child.log.write_text(f"loading\nflowprefill prefill: the router refused this worker\n{noise}")
+    assert child.last_words() == "flowprefill prefill: the router refused this worker"
+    child.log.write_text("x" * 100_000 + "\n" + noise)
+    assert child.last_words(3).splitlines() == [f" - leaked function {number}" for number in (97, 98, 99)]
+    child.log.unlink()
+    assert "no log" in child.last_words()
+
+
+def test_exit_statuses_in_words() -> None:
+    assert describe_exit(3) == "ended with status 3"
+    assert describe_exit(-9) == "was killed by SIGKILL"
+
+
 def test_a_child_dies_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     """The launcher gets SIGKILL, so it can do nothing; the kernel ends its child."""
     log = tmp_path / "router.log"
     script = f"""
 import pathlib, sys, time
 from flowprefill_sglang.cluster.process import ChildProcess
-from flowprefill_sglang.cluster.launcher import free_ports
+from flowprefill_sglang.cluster.ports import free_ports
 http, worker = free_ports(2)
 child = ChildProcess("r", ["router", "--port", str(http), "--worker-bind", f"tcp://127.0.0.1:{{worker}}"],
                      pathlib.Path({str(log)!r}), {{}})

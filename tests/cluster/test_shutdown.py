@@ -16,6 +16,7 @@ def test_ctrl_c_leaves_nothing(cluster: Cluster) -> None:
     assert cluster.process.wait(40) == 0
     assert not cluster.ready_file.exists()
     wait_until(lambda: not any(group_exists(group) for group in groups), timeout_s=15)
+    assert not list((cluster.log_dir.parent / "tmp").glob("flowprefill-*")), "SGLang's sockets go with the cluster"
 
 
 def group_exists(group: int) -> bool:

@@ -19,7 +19,7 @@ def test_the_other_worker_takes_over(cluster: Cluster) -> None:
     def ask(number: int) -> None:
         sampling = {"temperature": 0, "max_new_tokens": 4}
         status, _ = post(
-            f"{cluster.url}/generate", {"input_ids": prompts.ids(2_000, number), "sampling_params": sampling}
+            f"{cluster.url}/generate", {"input_ids": prompts.ids(4_000, number), "sampling_params": sampling}
         )
         outcomes.append(status)
 

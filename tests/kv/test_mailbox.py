@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 
 import pytest
@@ -33,3 +34,13 @@ def test_a_failing_call_does_not_take_the_later_ones_with_it() -> None:
     mailbox.run_all()
     assert done == [1]
     mailbox.close()
+
+
+def test_posting_after_the_end_writes_to_nobody_elses_file() -> None:
+    mailbox = Mailbox()
+    mailbox.close()
+    read_end, write_end = os.pipe()  # takes the two numbers that have just become free
+    mailbox.post(lambda: None)
+    assert not select.select([read_end], [], [], 0)[0]
+    os.close(read_end)
+    os.close(write_end)

@@ -102,3 +102,25 @@ def test_what_the_application_does_after_its_answer_is_not_waited_for() -> None:
         return (await asyncio.wait_for(post("/linger"), 5))[2]
 
     assert asyncio.run(scenario()) == b"data: 1\n\n"
+
+
+def test_a_cancelled_call_cancels_the_application() -> None:
+    ended = []
+
+    async def app(scope, receive, send) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(scope["path"])
+
+    async def scenario() -> None:
+        task = asyncio.create_task(call(app, "POST", "/x", (), b"", asyncio.Event()))
+        for _ in range(3):  # until the application runs
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0)
+        assert ended == ["/x"]
+
+    asyncio.run(scenario())

@@ -10,7 +10,7 @@ import zmq.asyncio
 
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
-from flowprefill_sglang.prefill_worker.link import Link
+from flowprefill_sglang.prefill_worker.link import Link, names
 from flowprefill_sglang.wire.framing import decode_from_worker, encode
 from flowprefill_sglang.wire.messages import (
     PROTOCOL_VERSION,
@@ -27,33 +27,38 @@ from flowprefill_sglang.wire.messages import (
     Welcome,
 )
 
+WAIT = b'{"rid": "a", "text": "wait"}'
 WELCOME = Welcome(protocol=PROTOCOL_VERSION, router="test", heartbeat_interval_s=0.05, dead_after_s=30.0)
 
 
 class PlainEngine:
-    """Echoes bodies; a body ``wait`` is answered once aborted or disconnected, ``crash`` raises."""
+    """Echoes bodies; one with ``wait`` is answered once disconnected, with ``hold`` once released; ``crash`` raises."""
 
     def __init__(self) -> None:
         self.aborted: list[str] = []
-        self.stopped = asyncio.Event()
+        self.released = asyncio.Event()
+        self.cancelled = 0
         self.stopping = False
 
     async def request(self, path, headers, body, disconnected):
-        if bytes(body) == b"wait":
+        if b"hold" in bytes(body):
+            try:
+                await self.released.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        if b"wait" in bytes(body):
             await disconnected.wait()
             return 400, "application/json", b"aborted inside"
         if bytes(body) == b"crash":
             raise ValueError("the engine broke")
         return 200, "text/plain", path.encode() + b" " + bytes(body)
 
-    def abort(self, rid):
-        self.aborted.append(rid)
+    def abort(self, rids):
+        self.aborted += rids
 
     def is_stopping(self):
         return self.stopping
-
-    def stop(self):
-        self.stopped.set()
 
     async def hello(self, config):
         limits = Limits(max_context_tokens=1, max_kv_tokens=1, page_tokens=1, max_running_requests=1)
@@ -81,11 +86,28 @@ class Router:
 
     async def receive(self, kind: type, also: Callable = lambda message: True):
         """The next message of ``kind``; others (heartbeats, progress) are passed over."""
-        while True:
-            self.peer, *frames = await asyncio.wait_for(self.socket.recv_multipart(), 10)
-            message, payload = decode_from_worker(frames)
-            if isinstance(message, kind) and also(message):
-                return message, payload
+        async with asyncio.timeout(10):
+            while True:
+                self.peer, *frames = await self.socket.recv_multipart()
+                message, payload = decode_from_worker(frames)
+                if isinstance(message, kind) and also(message):
+                    return message, payload
+
+    async def until_gone(self, peer: bytes) -> None:
+        """Wait until the connection of a former greeting is closed."""
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        async with asyncio.timeout(10):
+            while await self._reaches(peer):  # noqa: ASYNC110 - a closed connection raises no event here
+                await asyncio.sleep(0.01)
+
+    async def _reaches(self, peer: bytes) -> bool:
+        try:
+            await self.socket.send_multipart([peer, *encode(Drain())])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
 
     async def send(self, message, *payload) -> None:
         await self.socket.send_multipart([self.peer, *encode(message, *payload)])
@@ -162,7 +184,7 @@ def test_an_engine_that_raises_fails_only_that_request() -> None:
 def test_abort_reaches_the_engine_and_is_answered_499() -> None:
     async def scenario() -> None:
         async with linked() as (router, engine, _):
-            await router.send(Dispatch(rid="a", path="/generate"), b"wait")
+            await router.send(Dispatch(rid="a", path="/generate"), WAIT)
             await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
             await router.send(Abort(rid="a"))
             answer, _ = await router.receive(Answer)
@@ -187,12 +209,13 @@ def test_nonsense_from_the_router_is_dropped() -> None:
 def test_a_router_that_forgot_us_is_greeted_on_a_new_connection() -> None:
     async def scenario() -> None:
         async with linked() as (router, engine, _):
-            await router.send(Dispatch(rid="a", path="/generate"), b"wait")
+            await router.send(Dispatch(rid="a", path="/generate"), WAIT)
             await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
             former = router.peer
             await router.send(HelloAgain())
             await router.receive(Hello)
             assert router.peer != former
+            await router.until_gone(former)
             assert engine.aborted[0] == "a"
             await router.send(WELCOME)
             beat, _ = await router.receive(Heartbeat)
@@ -201,12 +224,47 @@ def test_a_router_that_forgot_us_is_greeted_on_a_new_connection() -> None:
     asyncio.run(scenario())
 
 
+def test_greetings_do_not_pile_up_while_there_is_no_router() -> None:
+    class Counting(PlainEngine):
+        turns = 0
+
+        def is_stopping(self):
+            self.turns += 1
+            return False
+
+    async def scenario() -> None:
+        with zmq.asyncio.Context() as context:
+            probe = Router(context)
+            probe.socket.unbind(f"tcp://127.0.0.1:{probe.port}")
+            engine = Counting()
+            config = WorkerConfig(router=f"tcp://127.0.0.1:{probe.port}", name="w0", hello_retry_s=0.01)
+            task = asyncio.create_task(Link(config, engine).run())
+            async with asyncio.timeout(10):
+                while engine.turns < 30:  # noqa: ASYNC110 - turns raise no event
+                    await asyncio.sleep(0.01)
+            probe.socket.bind(config.router)
+            await probe.receive(Hello)
+            await probe.send(WELCOME)
+            greetings = 1
+            async with asyncio.timeout(10):
+                while True:
+                    _, *frames = await probe.socket.recv_multipart()
+                    if isinstance(decode_from_worker(frames)[0], Heartbeat):
+                        break
+                    greetings += 1
+            assert greetings < 10, "only those since the connection was made"
+            task.cancel()
+            await asyncio.wait([task])
+            probe.socket.close(linger=0)
+
+    asyncio.run(scenario())
+
+
 def test_drained_worker_says_goodbye_and_stops() -> None:
     async def scenario() -> None:
-        async with linked() as (router, engine, task):
+        async with linked() as (router, _, task):
             await router.send(Drain())
             await router.receive(Goodbye)
-            await asyncio.wait_for(engine.stopped.wait(), 10)
             await asyncio.wait_for(task, 10)
 
     asyncio.run(scenario())
@@ -224,9 +282,8 @@ def test_a_worker_told_to_stop_drains_by_itself() -> None:
 
 def test_refused_worker_stops() -> None:
     async def scenario() -> None:
-        async with linked(join=False) as (router, engine, task):
+        async with linked(join=False) as (router, _, task):
             await router.send(Refused(reason="no", protocol=99))
-            await asyncio.wait_for(engine.stopped.wait(), 10)
             with pytest.raises(PeerFault, match="refused this worker: no"):
                 await asyncio.wait_for(task, 10)
 
@@ -236,10 +293,94 @@ def test_refused_worker_stops() -> None:
 def test_cancelled_worker_says_goodbye() -> None:
     async def scenario() -> None:
         async with linked() as (router, engine, task):
-            await router.send(Dispatch(rid="a", path="/generate"), b"wait")
+            await router.send(Dispatch(rid="a", path="/generate"), WAIT)
             await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+            await router.send(Dispatch(rid="b", path="/generate"), b'{"rid": "b", "text": "hold"}')
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 2)
             task.cancel()
             await router.receive(Goodbye)
-            assert engine.aborted == ["a"]
+            await asyncio.wait([task])
+            assert engine.aborted == ["a", "b"]
+            await asyncio.sleep(0)  # the turn in which the cancellation arrives
+            assert engine.cancelled == 1, "what the engine does not let go of is cancelled with the link"
 
     asyncio.run(scenario())
+
+
+def test_a_batch_of_a_clients_own_names_is_aborted_by_these_names_only() -> None:
+    async def scenario() -> None:
+        async with linked() as (router, engine, _):
+            body = b'{"rid": ["mine", "yours"], "text": ["wait", "wait"]}'
+            await router.send(Dispatch(rid="a", path="/generate"), body)
+            await router.send(Dispatch(rid="ab", path="/generate"), b'{"rid": "ab", "text": "wait"}')
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 2)
+            await router.send(Abort(rid="a"))
+            answer, _ = await router.receive(Answer)
+            assert (answer.rid, answer.status) == ("a", 499)
+            assert set(engine.aborted) == {"mine", "yours"}
+
+    asyncio.run(scenario())
+
+
+def test_an_abort_is_said_again_until_the_engine_has_let_go() -> None:
+    async def scenario() -> None:
+        async with linked() as (router, engine, _):
+            await router.send(Dispatch(rid="a", path="/generate"), b'{"rid": "a", "text": "hold"}')
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+            await router.send(Abort(rid="a"))
+            await router.receive(Heartbeat, lambda beat: len(engine.aborted) > 1)
+            engine.released.set()
+            assert (await router.receive(Answer))[0].status == 499
+
+    asyncio.run(scenario())
+
+
+def test_a_dropped_request_does_not_answer_for_a_new_one_of_its_name() -> None:
+    """The router restarted while the engine still held the first ``a``, and a client asks for another one."""
+
+    async def scenario() -> None:
+        async with linked() as (router, engine, _):
+            await router.send(Dispatch(rid="a", path="/generate"), b'{"rid": "a", "text": "hold, the former"}')
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+            await router.send(HelloAgain())
+            await router.receive(Hello)
+            await router.send(WELCOME)
+            await router.receive(Heartbeat)
+            await router.send(Dispatch(rid="a", path="/generate"), b'{"rid": "a", "text": "hold, the latter"}')
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+            engine.released.set()
+            answer, (body,) = await router.receive(Answer)
+            assert (answer.rid, answer.status) == ("a", 200)
+            assert b"the latter" in bytes(body)
+            beat, _ = await router.receive(Heartbeat)
+            assert beat.load.in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_cannot_say_what_it_is_ends_the_link() -> None:
+    class Mute(PlainEngine):
+        async def hello(self, config):
+            raise PeerFault("SGLang answered 500 to GET /server_info")
+
+    async def scenario() -> None:
+        with pytest.raises(PeerFault, match="server_info"):
+            await Link(WorkerConfig(router="tcp://127.0.0.1:1", name="w"), Mute()).run()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"text": "x", "rid": "a"}', ["a"]),
+        (b'{"rid": ["a", "b"]}', ["a", "b"]),
+        (b'{"text": "x"}', []),
+        (b'{"rid": null}', []),
+        (b"[1]", []),
+        (b"\xff", []),
+        (b"", []),
+    ],
+)
+def test_names_of_a_body(body: bytes, expected: list[str]) -> None:
+    assert names(body) == expected

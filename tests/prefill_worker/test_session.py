@@ -125,6 +125,23 @@ def test_a_router_that_restarted_is_greeted_at_once() -> None:
     assert session.receive(HelloAgain(), (), 1.0) == [Cancel("a"), Reconnect(), Send(HELLO)]
 
 
+def test_a_worker_that_nobody_answers_says_so_now_and_then() -> None:
+    session = new_session(100.0)
+    logged = [
+        (now, action.text)
+        for now in (100.0, 129.9, 130.0, 140.0, 160.0)
+        for action in session.tick(now)
+        if isinstance(action, Log)
+    ]
+    assert logged == [
+        (130.0, "no router has answered for 30 s; greeting on"),
+        (160.0, "no router has answered for 60 s; greeting on"),
+    ]
+    session.receive(WELCOME, (), 160.5)
+    session.receive(HelloAgain(), (), 1_000.0)
+    assert not any(isinstance(action, Log) for action in session.tick(1_029.0)), "counted from the new greeting"
+
+
 def test_refusal_is_final_and_says_why() -> None:
     session = new_session()
     session.tick(0.0)
@@ -133,6 +150,12 @@ def test_refusal_is_final_and_says_why() -> None:
     assert session.refusal == "protocol 7 is not spoken here"
     assert session.tick(1.0) == []
     assert session.receive(WELCOME, (), 1.0) == []
+
+
+def test_a_refusal_of_a_worker_that_was_welcomed_is_ignored() -> None:
+    session = joined_session()
+    assert [type(action) for action in session.receive(Refused(reason="no", protocol=1), (), 1.0)] == [Log]
+    assert session.state is State.JOINED
 
 
 def test_draining_takes_nothing_new_and_leaves_when_done() -> None:
@@ -158,6 +181,13 @@ def test_draining_gives_up_on_a_request_that_hangs() -> None:
 def test_draining_an_idle_worker_leaves_at_once() -> None:
     session = joined_session()
     assert [type(m) for m in sent(session.drain("stop", 1.0))] == [Draining, Goodbye]
+
+
+def test_a_worker_that_nobody_knows_leaves_without_a_goodbye() -> None:
+    session = new_session()
+    session.tick(0.0)
+    assert session.drain("stop", 1.0) == []
+    assert session.is_over
 
 
 def test_an_impossible_transition_is_our_bug() -> None:

@@ -1,7 +1,8 @@
-"""The backend's classes on SGLang's real common classes: two managers in one process, with real sockets."""
+"""Managers, senders and receivers on SGLang's real common classes: both sides in one process, with real sockets."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -214,6 +215,93 @@ def test_junk_on_the_control_sockets_changes_nothing(cluster: Cluster, frames: l
     wait_until(lambda: sender.poll() == cluster.poll.Success, "the acknowledgement")
     sender.clear()
     receiver.clear()
+
+
+def hand_over(cluster: Cluster, room: int) -> None:
+    sender, receiver = cluster.sender(room, 1), cluster.receiver(room)
+    receiver.send_metadata(np.array([1], np.int32), 0, [])
+    wait_until(lambda: sender.poll() == cluster.poll.WaitingForInput, "the announcement")
+    sender.send(np.array([4], np.int32))
+    wait_until(lambda: receiver.poll() == cluster.poll.Success, "the transfer")
+    wait_until(lambda: sender.poll() == cluster.poll.Success, "the acknowledgement")
+    sender.clear()
+    receiver.clear()
+
+
+def test_an_abort_while_decode_announces_reaches_decode(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_announced, may_go_on = threading.Event(), threading.Event()
+
+    def resolve(_: object) -> None:
+        is_announced.set()
+        assert may_go_on.wait(20)
+
+    sender, receiver = cluster.sender(200, 1), cluster.receiver(200)
+    monkeypatch.setattr(cluster.prefill, "resolve_kv_replica_factor", resolve)
+    receiver.send_metadata(np.array([1], np.int32), 0, [])
+    assert is_announced.wait(20)
+    aborting = threading.Thread(target=sender.abort)
+    aborting.start()
+    aborting.join(0.2)  # the order that loses, where the two steps are not one: abort first, announcement after it
+    may_go_on.set()
+    aborting.join(20)
+    wait_until(lambda: receiver.poll() == cluster.poll.Failed, "the failure", timeout_s=3)
+    assert "Aborted by AbortReq" in reason_of(receiver)
+    assert "Aborted by AbortReq" in reason_of(sender)
+
+
+def test_requests_that_are_given_up_leave_nothing_behind(cluster: Cluster) -> None:
+    for room in range(210, 230):
+        cluster.sender(room, 1).clear()
+    assert not cluster.prefill.failure_records
+    assert not cluster.prefill.request_status
+
+
+def test_rooms_of_requests_that_never_came_leave_nothing_behind(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = cluster.receiver(230)
+    receiver.send_metadata(np.array([1], np.int32), 0, [])
+    wait_until(lambda: 230 in cluster.prefill.request_status, "the announcement")
+    monkeypatch.setattr(cluster.prefill, "bootstrap_timeout", 0)
+    next_one = cluster.receiver(231)
+    next_one.send_metadata(np.array([2], np.int32), 1, [])  # an announcement is when they are looked through
+    wait_until(lambda: receiver.poll() == cluster.poll.Failed, "the failure", timeout_s=3)
+    assert "never reached this prefill server" in reason_of(receiver)
+    for table in ("request_status", "transfer_infos", "req_to_decode_prefix_len", "failure_records"):
+        assert 230 not in getattr(cluster.prefill, table), table
+    next_one.abort()
+    reason_of(next_one)
+
+
+def test_telling_a_decode_that_does_not_listen_holds_up_nobody(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    tell = cluster.prefill.send_kv_status_message
+
+    def blocked(**arguments: object) -> None:
+        assert may_go_on.wait(30)
+        tell(**arguments)
+
+    sender, receiver = cluster.sender(240, 1), cluster.receiver(240)
+    receiver.send_metadata(np.array([1], np.int32), 0, [])
+    wait_until(lambda: sender.poll() == cluster.poll.WaitingForInput, "the announcement")
+    monkeypatch.setattr(cluster.prefill, "send_kv_status_message", blocked)
+    sender.abort()
+    try:
+        hand_over(cluster, 241)
+    finally:
+        may_go_on.set()
+    wait_until(lambda: receiver.poll() == cluster.poll.Failed, "the failure", timeout_s=3)
+    reason_of(sender)
+    reason_of(receiver)
+
+
+def test_a_prefill_that_was_restarted_is_looked_up_again(cluster: Cluster) -> None:
+    hand_over(cluster, 250)
+    (known,) = cluster.decode.connection_pool.values()
+    known[0]["rank_port"] = free_port()  # where it was before
+    hand_over(cluster, 251)
 
 
 def test_models_with_other_state_are_refused_at_start(cluster: Cluster) -> None:

@@ -1,0 +1,154 @@
+"""``flowprefill up`` with a stand-in for the cluster: signals, exit statuses, the ready file, what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from flowprefill_sglang.cli import up
+from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster
+from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
+
+
+class StandInCluster(LocalCluster):
+    """Starts nothing. ``script`` names what happens, in order; a signal goes to this very process."""
+
+    script: tuple[str, ...] = ()
+    ready_file: Path | None = None
+
+    def __init__(self, spec: ClusterSpec, on_progress: object) -> None:
+        super().__init__(spec, on_progress)
+        type(self).made.append(self)
+        self.stopped = 0
+        self.seen: list[bool] = []
+
+    made: list[StandInCluster] = []  # noqa: RUF012 - replaced by the fixture
+
+    def check(self) -> None:
+        if "taken" in self.script:
+            raise StartupError("cannot listen on 127.0.0.1:1")
+
+    async def start(self) -> None:
+        self.seen.append(self.ready_file is not None and self.ready_file.exists())
+        if "signal while starting" in self.script:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        if "fail" in self.script:
+            raise StartupError("decode-0 ended with status 1")
+        self.url, self.model, self._log_dir = "http://127.0.0.1:1", "tiny", Path("/logs")
+
+    async def watch(self) -> None:
+        self.seen.append(self.ready_file is not None and self.ready_file.exists())
+        if "die" in self.script:
+            raise PeerFault("the cluster cannot serve any more")
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    async def stop(self, *, keep_logs: bool = False) -> None:
+        self.stopped += 1
+        self.kept_logs = keep_logs
+        if "signal while stopping" in self.script:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not self._in_a_hurry:  # noqa: ASYNC110 - as the real one does
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandInCluster]:
+    class Fresh(StandInCluster):
+        made: list[StandInCluster] = []  # noqa: RUF012 - this class lives for one test
+
+    monkeypatch.setattr(up, "LocalCluster", Fresh)
+    monkeypatch.setattr(up, "make_tiny_model", lambda: Path("/model"))
+    return Fresh
+
+
+def run(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    up.add_up_arguments(parser)
+    namespace, namespace.rest = parser.parse_known_args([str(word) for word in words])
+    return up.run_up(namespace)
+
+
+def test_until_ctrl_c(stand_in: type[StandInCluster], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in.ready_file = tmp_path / "ready.json"
+    stand_in.ready_file.write_text("of a launcher that was killed")
+    assert run("--ready-file", stand_in.ready_file, "--api-key", "secret", "--tp-size", 2) == 0
+    (cluster,) = stand_in.made
+    assert cluster.seen == [False, True], "the ready file is there while the cluster is ready, and only then"
+    assert not stand_in.ready_file.exists()
+    assert (cluster.stopped, cluster.kept_logs) == (1, False)
+    assert cluster.spec.sglang_arguments == ("--tp-size", "2")
+    printed = capsys.readouterr().out
+    assert "curl http://127.0.0.1:1/generate" in printed
+    assert "Bearer KEY" in printed
+    assert "secret" not in printed
+
+
+def test_the_ready_file_is_what_scripts_expect(tmp_path: Path) -> None:
+    cluster = LocalCluster(ClusterSpec(model_path=tmp_path))
+    cluster.url = "http://127.0.0.1:1"
+    up._write_ready_file(tmp_path / "ready", cluster)
+    assert json.loads((tmp_path / "ready").read_text()) == {"url": "http://127.0.0.1:1", "workers": []}
+    assert [path.name for path in tmp_path.iterdir()] == ["ready"]
+
+
+def test_told_to_stop_before_it_was_ready(stand_in: type[StandInCluster]) -> None:
+    stand_in.script = ("signal while starting",)
+    assert run() == 128 + signal.SIGTERM
+    assert stand_in.made[0].stopped == 1
+
+
+def test_a_second_ctrl_c_hurries(stand_in: type[StandInCluster]) -> None:
+    stand_in.script = ("signal while stopping",)
+    assert run() == 0
+
+
+@pytest.mark.parametrize(("script", "error"), [("fail", StartupError), ("die", PeerFault)])
+def test_what_breaks_is_raised_after_everything_was_stopped(
+    stand_in: type[StandInCluster], tmp_path: Path, script: str, error: type[Exception]
+) -> None:
+    stand_in.script = (script,)
+    with pytest.raises(error):
+        run("--ready-file", tmp_path / "ready.json")
+    assert (stand_in.made[0].stopped, stand_in.made[0].kept_logs) == (1, True)
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_a_second_up_leaves_the_first_ones_ready_file(stand_in: type[StandInCluster], tmp_path: Path) -> None:
+    stand_in.script = ("taken",)
+    (tmp_path / "ready.json").write_text("of the first")
+    with pytest.raises(StartupError):
+        run("--ready-file", tmp_path / "ready.json")
+    assert (tmp_path / "ready.json").read_text() == "of the first"
+
+
+def test_a_ready_file_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "such" / "folder", tmp_path):
+        with pytest.raises(BadInput, match="expected a file in a folder"):
+            run("--ready-file", path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--port", "banana", "expected a port from 1 to 65535"),
+        ("--port", "65536", "expected a port from 1 to 65535"),
+        ("--prefill", "two", "whole number of at least 1"),
+        ("--decode", "0", "whole number of at least 1"),
+        ("--router-args", "'open", "expected flags as a shell would take them"),
+    ],
+)
+def test_wrong_values_say_what_was_expected(
+    flag: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(flag, value)
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err
