@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class WorkerConfig:
     """Pause between greetings while no router answers. A second: routers start slower than that, and a greeting is a
     hundred bytes."""
     leave_after_s: float = 30.0
-    """Longest wait for requests in flight once draining was asked for by the router. Longer than any prefill."""
+    """Longest wait for requests in flight once the worker drains, asked by the router or by SIGTERM. Then they are
+    aborted, and the router tries them elsewhere. Thirty seconds are what orchestrators give a process by default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--router", required=True, type=_endpoint, metavar="tcp://HOST:PORT", help="the router's worker port"
     )
     parser.add_argument("--name", default=None, help="unique name of this worker (default: HOST-PID)")
+    parser.add_argument(
+        "--shutdown-drain-secs",
+        type=_seconds,
+        default=WorkerConfig.leave_after_s,
+        metavar="S",
+        help="longest wait for requests in flight on shutdown (default: %(default)s)",
+    )
 
 
 def _endpoint(text: str) -> str:
@@ -44,7 +53,17 @@ def _endpoint(text: str) -> str:
     return text
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return value
+
+
 def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
     """The configuration that the parsed flags describe."""
     name = namespace.name or f"{socket.gethostname()}-{os.getpid()}"
-    return WorkerConfig(router=namespace.router, name=name)
+    return WorkerConfig(router=namespace.router, name=name, leave_after_s=namespace.shutdown_drain_secs)

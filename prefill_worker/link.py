@@ -178,6 +178,7 @@ class Link:
             self._socket.close(linger=0)
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.IPV6, int("[" in self._config.router))
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
         socket.setsockopt(zmq.SNDHWM, 0)

@@ -10,7 +10,10 @@ SGLang loads the platform in every process, before it imports torchvision or tra
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -30,9 +33,11 @@ def has_accelerator() -> bool:
 
 def activate() -> str | None:
     """Entry point of ``sglang.srt.platforms``: the platform's dotted class name, or None to step aside."""
-    if has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    if has_accelerator():
         return None
-    define_torchvision_schemas()
+    define_torchvision_schemas()  # SGLang's own CPU engine imports torchvision too
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        return None
     return f"{__name__.rpartition('.')[0]}.cpu_platform.TorchCpuPlatform"
 
 
@@ -41,11 +46,23 @@ def define_torchvision_schemas() -> None:
 
     torchvision 0.28 registers fake kernels for ``torchvision::nms`` while it is imported and fails if the operator's
     schema is missing, as it is when its CUDA library cannot be loaded. Defining the schemas is enough: the text models
-    that run on this platform never call them. A torchvision that works has defined them already, and is left alone.
+    that run on this platform never call them. Any other torchvision has defined them already, or will when it is
+    imported, and a second definition is an error: it is left alone.
     """
     if _torchvision_schemas or hasattr(torch.ops.torchvision, "nms"):
+        return
+    if torch.version.cuda is not None or not _torchvision_is_a_cuda_build():
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _torchvision_schemas.append(library)
+
+
+def _torchvision_is_a_cuda_build() -> bool:
+    """Told by the local part of its version, e.g. ``0.28.0+cu130``, which wheel metadata on the index leaves out."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    version_file = Path(spec.submodule_search_locations[0]) / "version.py"
+    return version_file.is_file() and re.search(r"__version__ = '[^']*\+cu", version_file.read_text()) is not None

@@ -52,7 +52,7 @@ def require_loaded() -> None:
     if not _registered:
         allowed = os.environ.get("SGLANG_PLUGINS")
         hint = (
-            f"SGLANG_PLUGINS={allowed!r} leaves it out; add 'flowprefill'"
+            f"SGLANG_PLUGINS={allowed!r} leaves it out; add 'flowprefill', and 'flowprefill_cpu' where there is no GPU"
             if allowed
             else "its entry point was not found: install the package (pip install flowprefill-sglang)"
         )

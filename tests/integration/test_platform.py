@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,23 @@ def test_a_torchvision_that_works_is_left_alone() -> None:
     library.define("nms(Tensor theirs) -> Tensor")"""
     facts = facts_of(DEFINES_SCHEMAS.format(before=before))
     assert facts == {"registrations": 0, "schemas": ["torchvision::nms(Tensor theirs) -> Tensor"]}
+
+
+@pytest.mark.parametrize(("version", "registrations"), [("0.28.0+cu130", 1), ("0.28.0+cpu", 0), ("0.28.0", 0)])
+def test_only_a_cuda_build_needs_the_schemas(tmp_path: Path, version: str, registrations: int) -> None:
+    """Any other defines them when it is imported, and would fail if they were there."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "version.py").write_text(f"__version__ = '{version}'\n")
+    facts = facts_of(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from flowprefill_sglang.integration import platform
+        platform.define_torchvision_schemas()
+        facts["registrations"] = len(platform._torchvision_schemas)
+    """)
+    assert facts["registrations"] == registrations
 
 
 # ---- as SGLang sees it ---------------------------------------------------------------------------------------------

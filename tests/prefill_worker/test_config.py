@@ -1,0 +1,44 @@
+"""A worker's own flags."""
+
+import argparse
+import os
+
+import pytest
+
+from flowprefill_sglang.prefill_worker import config
+from flowprefill_sglang.prefill_worker.config import WorkerConfig
+
+
+def parse(*words: str) -> WorkerConfig:
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser)
+    return config.from_arguments(parser.parse_args(words))
+
+
+def test_flags() -> None:
+    words = ("--router", "tcp://[fd00::1]:30100", "--name", "w7", "--shutdown-drain-secs", "0.5")
+    assert parse(*words) == WorkerConfig(router="tcp://[fd00::1]:30100", name="w7", leave_after_s=0.5)
+
+
+def test_defaults() -> None:
+    parsed = parse("--router", "tcp://router:30100")
+    assert parsed.name.endswith(f"-{os.getpid()}")
+    assert parsed == WorkerConfig(router="tcp://router:30100", name=parsed.name)
+
+
+@pytest.mark.parametrize(
+    "router", ["", "localhost:1", "tcp://", "tcp://host", "tcp://host:0", "tcp://:1", "http://h:1"]
+)
+def test_a_wrong_router_address(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--router", router)
+    assert caught.value.code == 2
+    assert "expected tcp://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+def test_a_wrong_time(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--router", "tcp://h:1", "--shutdown-drain-secs", seconds)
+    assert caught.value.code == 2
+    assert "expected a number of seconds, 0 or more" in capsys.readouterr().err
