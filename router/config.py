@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from flowprefill_sglang.errors import StartupError
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.router.policies import DEFAULT_POLICY, POLICIES
 
 
@@ -18,7 +18,7 @@ def _option(default: Any, text: str, **extra: Any) -> Any:  # dataclasses.field(
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Everything a router needs to know. Raises StartupError for values that cannot work."""
+    """Everything a router needs to know. Raises BadInput for values that cannot work."""
 
     host: str = _option("127.0.0.1", "address to serve HTTP on")
     port: int = _option(30000, "port to serve HTTP on; 0 picks a free one")
@@ -51,12 +51,12 @@ class RouterConfig:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
-                raise StartupError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+                raise BadInput(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
         if self.heartbeat_dead_secs <= self.heartbeat_interval_secs:
-            raise StartupError("--heartbeat-dead-secs must be longer than --heartbeat-interval-secs")
+            raise BadInput("--heartbeat-dead-secs must be longer than --heartbeat-interval-secs")
         for name in ("prefill_policy", "decode_policy"):
             if getattr(self, name) not in POLICIES:
-                raise StartupError(f"{_flag(name)} must be one of {', '.join(POLICIES)}, not {getattr(self, name)!r}")
+                raise BadInput(f"{_flag(name)} must be one of {', '.join(POLICIES)}, not {getattr(self, name)!r}")
         for url in self.decode:
             check_url(url)
 
@@ -85,14 +85,14 @@ _LEAST: Final = {
 
 
 def check_url(url: str) -> str:
-    """A decode instance's URL without a trailing slash. Raises StartupError."""
+    """A decode instance's URL without a trailing slash. Raises BadInput."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise StartupError(f"{url!r} is no URL: {error}") from error
+        raise BadInput(f"{url!r} is no URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise StartupError(f"{url!r} is no URL of a decode instance; expected http://HOST:PORT")
+        raise BadInput(f"{url!r} is no URL of a decode instance; expected http://HOST:PORT")
     return url.rstrip("/")
 
 
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(namespace: argparse.Namespace) -> RouterConfig:
-    """The configuration of parsed flags. Raises StartupError."""
+    """The configuration of parsed flags. Raises BadInput."""
     values = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(RouterConfig)}
     values["decode"] = tuple(check_url(url) for url in values["decode"] or ())
     if namespace.policy is not None:

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from flowprefill_sglang import __version__
-from flowprefill_sglang.errors import BadInput, FlowPrefillError, StartupError
+from flowprefill_sglang.errors import BadInput, FlowPrefillError
 from flowprefill_sglang.router.answers import Refusal, dropped, error_document
 from flowprefill_sglang.router.config import check_url
 from flowprefill_sglang.router.dispatcher import Dispatcher
@@ -265,10 +265,7 @@ async def _object(request: Request) -> dict[str, Any]:
 def _url(value: object) -> str:
     if not isinstance(value, str):
         raise BadInput("url must be a string: the decode instance's http://HOST:PORT")
-    try:
-        return check_url(value)
-    except StartupError as error:
-        raise BadInput(str(error)) from error
+    return check_url(value)
 
 
 def _json(document: Any, status: int = 200) -> Response:

@@ -162,9 +162,7 @@ class Dispatcher:
     def why_no_pair(self, model: str | None) -> str:
         prefills, decodes = len(self.links.registry.ready()), len(self.decodes.registry.ready())
         if not prefills or not decodes:
-            return (
-                f"{prefills} prefill workers and {decodes} decode instances are ready; at least one of each is needed"
-            )
+            return f"at least one prefill worker and one decode instance must be ready; now: {prefills} and {decodes}"
         what = f"the model {model!r}" if model is not None else "the same model with the same transfer backend"
         return f"no prefill worker and decode instance that are ready serve {what}"
 

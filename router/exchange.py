@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from enum import Enum, StrEnum, auto
 
-from flowprefill_sglang.errors import FlowPrefillError, InternalError, PeerFault, TooLate
+from flowprefill_sglang.errors import FlowPrefillError, InternalError, OutOfCapacity, PeerFault, TooLate
 
 
 class Outcome(StrEnum):
@@ -174,6 +174,13 @@ class Exchange:
         if self.outcome is not None:
             return ()
         error = TooLate("the request was aborted", status=CLIENT_CLOSED, code="aborted")
+        return (*self._stop_both(), *self._end(Outcome.ABORTED, error))
+
+    def router_stops(self) -> Steps:
+        """The router's grace for requests in flight is over; the client may try another router."""
+        if self.outcome is not None:
+            return ()
+        error = OutOfCapacity("the router is stopping", code="router_stopping")
         return (*self._stop_both(), *self._end(Outcome.ABORTED, error))
 
     def broke(self, error: InternalError) -> Steps:

@@ -320,7 +320,7 @@ class Handling:
 
     def end_now(self) -> None:
         """The router stops."""
-        self._do(self.exchange.abort_overdue())
+        self._do(self.exchange.router_stops())
 
     # ---- callbacks: the prefill side (PrefillSink) -----------------------------------------------------------------
 

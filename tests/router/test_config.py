@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from flowprefill_sglang.errors import StartupError
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.router.config import RouterConfig, add_arguments, from_arguments
 
 
@@ -53,5 +53,5 @@ def test_flags() -> None:
     ],
 )
 def test_values_that_cannot_work_are_refused(wrong: dict) -> None:
-    with pytest.raises(StartupError):
+    with pytest.raises(BadInput):
         RouterConfig(**wrong)

@@ -106,6 +106,7 @@ EVENTS = [
     ("client_gone",),
     ("abort_asked",),
     ("abort_overdue",),
+    ("router_stops",),
 ]
 
 
