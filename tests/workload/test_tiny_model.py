@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowprefill_sglang.workload.tiny_model import BOS, TinyModelShape, default_model_dir, make_tiny_model
+from flowprefill_testing.together import make_model_after
 
 SMALL = TinyModelShape(hidden_size=32, intermediate_size=32, num_hidden_layers=1, max_position_embeddings=512)
 
@@ -59,15 +60,10 @@ def test_an_existing_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == b"kept"
 
 
-def make_after(barrier, parent: Path, results) -> None:
-    barrier.wait(60)
-    results.put(str(make_tiny_model(parent, SMALL)))
-
-
 def test_concurrent_callers_get_one_whole_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=make_after, args=(barrier, tmp_path, results)) for _ in range(4)]
+    processes = [context.Process(target=make_model_after, args=(barrier, tmp_path, SMALL, results)) for _ in range(4)]
     for process in processes:
         process.start()
     folders = {results.get(timeout=60) for _ in processes}
