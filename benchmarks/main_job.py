@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, default=default_trace())
     parser.add_argument("--format", choices=sorted(FORMATS), default="azure")
     parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--length-scale", type=float, default=0.5, help="prompt lengths are multiplied by this")
+    parser.add_argument("--length-scale", type=float, default=1.0, help="prompt lengths are multiplied by this")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="arrival rate is multiplied by this")
     parser.add_argument("--json", type=Path, help="write provenance, summary and raw rows here")
     options = parser.parse_args()
