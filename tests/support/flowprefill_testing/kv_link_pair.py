@@ -161,3 +161,8 @@ def receive_until_killed(registrations: Any, announces: Any) -> None:  # multipr
     for room in range(3):
         announces.put(side.open(room, list(range(room * 10, room * 10 + 10))))
     wait_until(lambda: False, "being killed", timeout_s=60)
+
+
+def transfer(prefill: Prefill, decode: Decode, room: int, source: list[int], target: list[int], aux: int = 0) -> None:
+    prefill.links.announce(decode.open(room, target, aux_index=aux))
+    prefill.send(room, source, aux_index=aux)
