@@ -18,6 +18,7 @@ def write_result(path: Path, *, seed: int | None, measured: dict[str, Any]) -> N
     """
     command = [Path(word).name if "/" in word else word for word in sys.argv]
     document = provenance(["python", *command], datetime.datetime.now(datetime.UTC)) | {"seed": seed} | measured
+    document["ended_at"] = document.pop("started_at")  # results are written when all is measured
     rows = document.pop("rows")
     head = json.dumps(document, indent=1).removesuffix("\n}")
     lines = ",\n  ".join(json.dumps(row) for row in rows)
