@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from results_file import write_result
 
-from flowprefill_testing.kv_managers import RankMemory, free_port, sglang_context
+from flowprefill_sglang.cluster.ports import free_ports
+from flowprefill_testing.kv_managers import RankMemory, sglang_context
 
 MIB: Final = 1 << 20
 BUFFERS: Final = 64
@@ -86,7 +87,7 @@ def measure_page_size(options: argparse.Namespace, backends: list[str], page_tok
     """All sizes and repeats for one page size; a fresh pair of processes, since SGLang's configuration is global."""
     spawn = multiprocessing.get_context("spawn")
     decode_end, prefill_end = spawn.Pipe()
-    ports = {backend: free_port() for backend in backends}
+    ports = dict(zip(backends, free_ports(len(backends)), strict=True))
     total_tokens = max(options.sizes_mib) * MIB // (BUFFERS * TOKEN_BYTES_A_BUFFER)
     shape = {"page_tokens": page_tokens, "pages": -(-total_tokens // page_tokens) + 1, "seed": options.seed}
     out_of, into = spawn.Pipe(duplex=False)

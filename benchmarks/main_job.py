@@ -28,7 +28,8 @@ from results_file import write_result
 from flowprefill_sglang.bench.client import RequestRecord, replay
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.plan import plan_requests
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster, free_ports
+from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster
+from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
 from flowprefill_sglang.workload.tiny_model import make_tiny_model

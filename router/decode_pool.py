@@ -1,6 +1,6 @@
 """The decode side: connections to decode instances, and the checks that keep the picture of them true.
 
-Run by the router's event loop, one small task an instance. The hot path (``Origin.post``) and everything else (an
+Run by the router's event loop, one small task an instance. The hot path (``Origin.send``) and everything else (an
 aiohttp session: health checks, aborts, control requests) do not share connections, so that a check never waits for a
 request.
 """

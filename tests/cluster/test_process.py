@@ -4,17 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
-
-
-def wait_for(condition, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
+from flowprefill_testing.clusters import wait_until
 
 
 def is_running(pid: int) -> bool:
@@ -27,21 +20,21 @@ def is_running(pid: int) -> bool:
 
 def test_a_child_logs_and_reports_its_status(tmp_path: Path) -> None:
     child = ChildProcess("v", ["version"], tmp_path / "v.log", {})
-    wait_for(lambda: child.exit_status is not None)
+    wait_until(lambda: child.exit_status is not None, timeout_s=20)
     assert child.exit_status == 0
     assert "flowprefill-sglang" in child.last_words()
 
 
 def test_wrong_use_is_seen_in_the_last_words(tmp_path: Path) -> None:
     child = ChildProcess("v", ["version", "--nonsense"], tmp_path / "v.log", {})
-    wait_for(lambda: child.exit_status is not None)
+    wait_until(lambda: child.exit_status is not None, timeout_s=20)
     assert child.exit_status == 2
     assert "unrecognized arguments: --nonsense" in child.last_words()
 
 
 def test_a_verdict_is_found_before_the_noise_of_the_end(tmp_path: Path) -> None:
     child = ChildProcess("v", ["version"], tmp_path / "v.log", {})
-    wait_for(lambda: child.exit_status is not None)
+    wait_until(lambda: child.exit_status is not None, timeout_s=20)
     noise = "".join(f" - leaked function {number}\n" for number in range(100))
     child.log.write_text(f"loading\nflowprefill prefill: the router refused this worker\n{noise}")
     assert child.last_words() == "flowprefill prefill: the router refused this worker"
@@ -74,11 +67,13 @@ time.sleep(60)
     with launcher.stdout:
         child_pid = int(launcher.stdout.readline())
         try:
-            wait_for(lambda: log.exists() and log.stat().st_size > 0)  # past its first lines, so the kernel was asked
+            wait_until(
+                lambda: log.exists() and log.stat().st_size > 0, timeout_s=20
+            )  # past its first lines, so the kernel was asked
             assert is_running(child_pid)
             launcher.kill()
             launcher.wait()
-            wait_for(lambda: not is_running(child_pid))
+            wait_until(lambda: not is_running(child_pid), timeout_s=20)
         finally:
             if is_running(child_pid):
                 os.kill(child_pid, signal.SIGKILL)

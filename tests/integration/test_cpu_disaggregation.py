@@ -15,12 +15,12 @@ from flowprefill_testing.sglang_process import facts_of
 @pytest.mark.parametrize(("kind", "expected"), [("sender", False), ("receiver", True)])
 def test_senders_get_page_numbers_as_arrays(kind: str, expected: bool) -> None:
     made = type("Made", (), {"supports_host_tensor_indices": True})
-    use_plain_indices(made, SimpleNamespace(value="mooncake"), SimpleNamespace(value=kind))  # type: ignore[arg-type]
-    assert made.supports_host_tensor_indices is expected  # type: ignore[attr-defined]
+    use_plain_indices(made, SimpleNamespace(value="mooncake"), SimpleNamespace(value=kind))
+    assert made.supports_host_tensor_indices is expected
 
 
 def test_no_class_is_no_error() -> None:
-    use_plain_indices(None, SimpleNamespace(value="fake"), SimpleNamespace(value="sender"))  # type: ignore[arg-type]
+    use_plain_indices(None, SimpleNamespace(value="fake"), SimpleNamespace(value="sender"))
 
 
 @pytest.mark.parametrize("is_overlapping", [True, False])

@@ -20,7 +20,7 @@ class Fruit(Enum):
 def test_a_member_that_was_added_is_like_the_others() -> None:
     add_member(Fruit, "PEAR", "pear")
     pear = Fruit("pear")
-    assert pear is Fruit["PEAR"] is Fruit.PEAR  # type: ignore[attr-defined]
+    assert pear is Fruit["PEAR"] is Fruit.PEAR
     assert list(Fruit) == [Fruit.APPLE, pear]
     assert (pear.name, pear.value, repr(pear), len(Fruit)) == ("PEAR", "pear", "<Fruit.PEAR: 'pear'>", 2)
     assert pear in Fruit

@@ -14,7 +14,8 @@ from flowprefill_testing.kv_link_pair import wait_until
 
 pytest.importorskip("sglang", reason="needs sglang")
 
-from flowprefill_testing.kv_managers import RankMemory, free_port, sglang_context
+from flowprefill_sglang.cluster.ports import free_ports
+from flowprefill_testing.kv_managers import RankMemory, sglang_context
 
 warnings.filterwarnings("ignore", module="sglang")
 
@@ -66,7 +67,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    port = free_port()
+    (port,) = free_ports(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with sglang_context(port) as server_args:
@@ -300,7 +301,7 @@ def test_telling_a_decode_that_does_not_listen_holds_up_nobody(
 def test_a_prefill_that_was_restarted_is_looked_up_again(cluster: Cluster) -> None:
     hand_over(cluster, 250)
     (known,) = cluster.decode.connection_pool.values()
-    known[0]["rank_port"] = free_port()  # where it was before
+    (known[0]["rank_port"],) = free_ports(1)  # where it was before
     hand_over(cluster, 251)
 
 

@@ -218,7 +218,7 @@ def test_a_payload_that_waited_for_the_lock_is_not_written_after_closing(prefill
 
     prefill.links.register(decode.registration())
     announce = decode.open(1, [7])
-    decode.links._rooms[1].lock = GatedLock()  # type: ignore[assignment]
+    decode.links._rooms[1].lock = GatedLock()
     prefill.links.announce(announce)
     prefill.send(1, [0])
     assert gate.is_reached.wait(20)

@@ -47,8 +47,8 @@ ROW = sum(PAGE_BYTES)
 
 def a_chunk(announce: Announce, payload: bytes, **changes: object) -> Chunk:
     fields = {"room": announce.room, "transfer": announce.transfer, "sequence": 0, "span": Span(0, 1, 0, 3)} | changes
-    digest = checksum(memoryview(payload), transfer=fields["transfer"], sequence=fields["sequence"])  # type: ignore
-    return Chunk(**({"checksum": digest} | fields))  # type: ignore[arg-type]
+    digest = checksum(memoryview(payload), transfer=fields["transfer"], sequence=fields["sequence"])
+    return Chunk(**({"checksum": digest} | fields))
 
 
 @pytest.mark.parametrize(

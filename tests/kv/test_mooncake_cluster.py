@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import answers, wait_until
-from flowprefill_testing.kv_managers import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -38,7 +38,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The three servers' URLs, and the bootstrap port under ``bootstrap``."""
     directory = tmp_path_factory.mktemp("mooncake")
     model = make_tiny_model(directory)
-    ports = {name: free_port() for name in ("single", "prefill", "decode", "bootstrap")}
+    ports = dict(zip(("single", "prefill", "decode", "bootstrap"), free_ports(4), strict=True))
     pd = ["--disaggregation-transfer-backend", "mooncake_tcp", "--disaggregation-bootstrap-port", ports["bootstrap"]]
     roles: dict[str, list[Any]] = {
         "single": [],

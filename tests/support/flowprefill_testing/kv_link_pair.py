@@ -108,7 +108,7 @@ class Decode:
             "max_chunk_bytes": self.links.max_chunk_bytes,
             "layout": LAYOUT,
         }
-        return Register(**(fields | changes))  # type: ignore[arg-type]
+        return Register(**(fields | changes))
 
     def open(self, room: int, ids: list[int], aux_index: int = 0, prefill: str = PREFILL) -> Announce:
         transfer = self.links.open(room, page_ids=np.array(ids, np.int32), aux_index=aux_index, prefill=prefill)
