@@ -6,8 +6,11 @@ import argparse
 import math
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from flowprefill_sglang.core.policies import POLICIES
+from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class WorkerConfig:
     leave_after_s: float = 30.0
     """Longest wait for requests in flight once the worker drains, asked by the router or by SIGTERM. Then they are
     aborted, and the router tries them elsewhere. Thirty seconds are what orchestrators give a process by default."""
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    """What is prefilled when."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +44,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=WorkerConfig.leave_after_s,
         metavar="S",
         help="longest wait for requests in flight on shutdown (default: %(default)s)",
+    )
+    _add_scheduler_arguments(parser.add_argument_group("scheduling"))
+
+
+def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
+    defaults = SchedulerSettings()
+    group.add_argument(
+        "--prefill-scheduler",
+        type=SchedulerKind,
+        choices=list(SchedulerKind),
+        default=defaults.kind,
+        help="preemptive and deadline-aware, or SGLang's own for comparison (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scheduler-policy",
+        choices=sorted(POLICIES),
+        default=defaults.policy,
+        help="which request or task runs next (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-wait-secs",
+        type=_positive_seconds,
+        default=defaults.max_wait_s,
+        metavar="S",
+        help="a request that has waited this long, or past a longer objective, runs next (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-suspend-secs",
+        type=_positive_seconds,
+        default=defaults.max_suspend_s,
+        metavar="S",
+        help="a task suspended this long goes on next (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-tokens",
+        type=_count,
+        default=defaults.batch_tokens,
+        metavar="N",
+        help="most new tokens of a batch of several requests (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cost-file",
+        default=defaults.cost_file,
+        metavar="FILE",
+        help="cost model made by `flowprefill profile` (default: the one kept for this model and hardware, or else a "
+        "short calibration at start-up)",
     )
 
 
@@ -63,7 +114,30 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _positive_seconds(text: str) -> float:
+    value = _seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text}")
+    return int(text)
+
+
 def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
     """The configuration that the parsed flags describe."""
     name = namespace.name or f"{socket.gethostname()}-{os.getpid()}"
-    return WorkerConfig(router=namespace.router, name=name, leave_after_s=namespace.shutdown_drain_secs)
+    scheduler = SchedulerSettings(
+        kind=namespace.prefill_scheduler,
+        policy=namespace.scheduler_policy,
+        max_wait_s=namespace.max_wait_secs,
+        max_suspend_s=namespace.max_suspend_secs,
+        batch_tokens=namespace.batch_tokens,
+        cost_file=namespace.cost_file,
+    )
+    return WorkerConfig(
+        router=namespace.router, name=name, leave_after_s=namespace.shutdown_drain_secs, scheduler=scheduler
+    )

@@ -1,7 +1,7 @@
 """The link between a worker and its router: one task on the worker's event loop, one ZeroMQ DEALER socket.
 
-Owned by the task that runs ``Link.run``; woken by messages from the router, by answers of the engine and by the
-session's timer. All decisions are ``session.Session``'s.
+Owned by the task that runs ``Link.run``; woken by messages from the router, by answers of the engine, by events of
+SGLang's scheduler and by the session's timer. All decisions are ``session.Session``'s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 import msgspec
@@ -18,6 +19,9 @@ import zmq.asyncio
 
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.event_feed import EventFeed
+from flowprefill_sglang.prefill_worker.progress import ProgressReader
+from flowprefill_sglang.prefill_worker.reporter import Batch
 from flowprefill_sglang.prefill_worker.session import Action, Cancel, Log, Prefill, Reconnect, Send, Session
 from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_to_worker, encode
 from flowprefill_sglang.wire.messages import Dispatch, Hello
@@ -36,9 +40,12 @@ class Engine(Protocol):
     """What the link needs of the model server behind it."""
 
     async def request(
-        self, path: str, headers: Sequence[tuple[str, str]], body: Buffer, disconnected: asyncio.Event
+        self, dispatch: Dispatch, received_at: float, body: Buffer, disconnected: asyncio.Event
     ) -> tuple[int, str, bytes]:
-        """POST ``body`` to the engine's handler for ``path``: status, content type, body."""
+        """POST ``body`` to the engine's handler for the dispatch's path: status, content type, body.
+
+        ``received_at``: when the router received the request, on this host's ``CLOCK_MONOTONIC``, in seconds.
+        """
         ...
 
     def abort(self, rids: Sequence[str]) -> None:
@@ -76,22 +83,36 @@ def names(body: Buffer) -> list[str]:
 class _Running:
     """A request inside the engine."""
 
-    def __init__(self, dispatch: Dispatch, body: Buffer) -> None:
+    def __init__(self, dispatch: Dispatch, received_at: float, body: Buffer) -> None:
         self.dispatch = dispatch
+        self.received_at = received_at
         self.body = body
         self.disconnected = asyncio.Event()
         self.names: list[str] = []  # filled when it is cancelled, which few are
 
 
 class Link:
-    """Serves one router until drained, refused or cancelled."""
+    """Serves one router until drained, refused or cancelled.
 
-    def __init__(self, config: WorkerConfig, engine: Engine) -> None:
+    ``feed``: events of the engine's scheduler, where it reports any. ``clock``: this host's ``CLOCK_MONOTONIC``, which
+    the engine's other processes read too.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: Engine,
+        feed: EventFeed | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._engine = engine
+        self._feed = feed
+        self._clock = clock
         self._socket: zmq.asyncio.Socket | None = None
         self._running: dict[str, _Running] = {}  # by the link's id; a new request may take a cancelled one's place
         self._tasks: set[asyncio.Task[None]] = set()
+        self._progress = ProgressReader()
 
     async def run(self) -> None:
         """Greet the router and serve it until the link is over: drained, or the engine is stopping.
@@ -107,6 +128,8 @@ class Link:
             leave_after_s=self._config.leave_after_s,
             now=loop.time(),
         )
+        if self._feed is not None:
+            self._feed.listen(self._observe)
         logger.info("worker %s greets the router at %s", hello.name, self._config.router)
         self._context = zmq.asyncio.Context()
         try:
@@ -156,7 +179,8 @@ class Link:
                 case Send():
                     await self._send(action)
                 case Prefill():
-                    self._start(_Running(action.dispatch, action.body))
+                    received_at = self._clock() - max(0.0, action.dispatch.age_s)
+                    self._start(_Running(action.dispatch, received_at, action.body))
                 case Cancel():
                     self._cancel(action.rid)
                 case Reconnect():
@@ -188,9 +212,19 @@ class Link:
 
     def _start(self, running: _Running) -> None:
         self._running[running.dispatch.rid] = running
-        task = asyncio.get_running_loop().create_task(self._prefill(running))
+        self._spawn(self._prefill(running))
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _observe(self, batch: Batch) -> None:
+        """What the engine's scheduler has done."""
+        changes = self._progress.read(batch.events)
+        actions = [action for rid, phase in changes for action in self._session.progressed(rid, phase)]
+        if actions:
+            self._spawn(self._do(actions))
 
     async def _prefill(self, running: _Running) -> None:
         rid, path = running.dispatch.rid, running.dispatch.path
@@ -203,7 +237,7 @@ class Link:
         else:
             try:
                 status, content_type, answer = await self._engine.request(
-                    path, running.dispatch.headers, running.body, running.disconnected
+                    running.dispatch, running.received_at, running.body, running.disconnected
                 )
             except Exception as error:
                 logger.exception("request %s failed inside SGLang", rid)

@@ -111,6 +111,7 @@ class Session:
     def __init__(self, hello: Hello, *, hello_retry_s: float, leave_after_s: float, now: float) -> None:
         self.state = State.GREETING
         self.in_flight: set[str] = set()
+        self._phases: dict[str, Phase] = {}  # of those in flight that have begun
         self.refusal = ""
         self._hello = hello
         self._hello_retry_s = hello_retry_s
@@ -173,6 +174,7 @@ class Session:
         if rid not in self.in_flight:
             return []
         self.in_flight.discard(rid)
+        self._phases.pop(rid, None)
         phase = Phase.FINISHED if status < 400 else Phase.FAILED
         actions: list[Action] = [
             Send(Progress(rid=rid, phase=phase)),
@@ -181,6 +183,20 @@ class Session:
         if self.state is State.DRAINING and not self.in_flight:
             actions += self.leave("drained")
         return actions
+
+    def progressed(self, rid: str, phase: Phase) -> list[Action]:
+        """SGLang's scheduler started, preempted or resumed a prompt of a request. Only news go to the router: a request
+        may be a batch of prompts, and each prompt several chunks that start one after the other."""
+        if rid not in self.in_flight:
+            return []
+        former = self._phases.get(rid, Phase.QUEUED)
+        if phase is Phase.STARTED and former is Phase.PREEMPTED:
+            phase = Phase.RESUMED
+        is_running = former in (Phase.STARTED, Phase.RESUMED)
+        if is_running != (phase is Phase.PREEMPTED):
+            return []
+        self._phases[rid] = phase
+        return [Send(Progress(rid=rid, phase=phase))]
 
     def drain(self, reason: str, now: float) -> list[Action]:
         """Take nothing new; leave once nothing is in flight."""
@@ -201,6 +217,7 @@ class Session:
         self._move(State.LEFT)
         actions: list[Action] = [Cancel(rid) for rid in sorted(self.in_flight)]
         self.in_flight.clear()
+        self._phases.clear()
         return [*actions, Send(Goodbye(reason=reason))] if greeted else actions
 
     def _greet(self, now: float) -> list[Action]:
@@ -234,6 +251,7 @@ class Session:
         self._move(State.GREETING)
         cancelled = [Cancel(rid) for rid in sorted(self.in_flight)]
         self.in_flight.clear()
+        self._phases.clear()
         self._greeting_since = now
         self._complain_at = now + UNANSWERED_LOG_INTERVAL_S
         return [*cancelled, Reconnect(), *self._greet(now)]

@@ -7,35 +7,33 @@ parses it once, and hands it to the dispatcher.
 from __future__ import annotations
 
 import hmac
+import time
+from collections.abc import Sequence
 from typing import Final
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flowprefill_sglang.errors import BadInput, FlowPrefillError
 from flowprefill_sglang.router.answers import Refusal, send_error
 from flowprefill_sglang.router.control import control_app
 from flowprefill_sglang.router.dispatcher import Dispatcher
-from flowprefill_sglang.router.http_client import Headers
-from flowprefill_sglang.router.pd_fields import parse
 
 DISPATCHED: Final = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
-OPEN: Final = frozenset({"/health", "/liveness", "/readiness"})
-"""Answered without a key: probes have none."""
-PASSED_ON: Final = frozenset(
-    {b"authorization", b"x-request-id", b"traceparent", b"tracestate", b"x-smg-routing-key", b"x-override-priority"}
-)
-"""Request headers that both sides get."""
+OPEN: Final = frozenset({"/health", "/liveness", "/readiness", "/metrics"})
+"""Answered without a key: probes and scrapers have none, and SGLang's own server leaves these paths open too."""
 
 
 class RouterApp:
     """The router's ASGI application; makes no lifespan of its own, its owner opens and closes the dispatcher."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, more: Sequence[Route] = ()) -> None:
+        """``more``: further routes that are not dispatched."""
         self._dispatcher = dispatcher
         self._max_body_bytes = dispatcher.config.max_body_bytes
         key = dispatcher.config.api_key
         self._expected = f"Bearer {key}".encode() if key else None
-        self._control: ASGIApp = control_app(dispatcher)
+        self._control: ASGIApp = control_app(dispatcher, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a websocket: uvicorn refuses it when the application ends without an answer
@@ -52,10 +50,14 @@ class RouterApp:
                     f"{path} takes POST", status=405, code="method_not_allowed", headers=[(b"allow", b"POST")]
                 )
             body = await self._read_body(scope, receive)
-            if body is not None:
-                headers: Headers = [pair for pair in scope["headers"] if pair[0] in PASSED_ON]
-                await self._dispatcher.serve(parse(path, body), headers, receive, send)
+            if body is None:
+                self._dispatcher.left()
+                return
+            received_at = time.monotonic()
+            await self._dispatcher.serve(path, body, scope["headers"], receive, send, received_at=received_at)
         except FlowPrefillError as error:
+            if path in DISPATCHED:
+                self._dispatcher.refused(error)
             await send_error(send, error)
 
     def _check_key(self, scope: Scope) -> None:

@@ -12,19 +12,24 @@ class ClientAnswer:
     """One client's answer over ASGI. Every method waits while the client is slow to take what was sent."""
 
     def __init__(self, send: Send) -> None:
-        self.has_begun = False
+        self.status = 0
+        """HTTP status of the answer, 0 as long as there is none."""
         self._send = send
         self._tail = b""
 
+    @property
+    def has_begun(self) -> bool:
+        return self.status != 0
+
     async def whole(self, status: int, headers: HeaderPairs, body: bytes) -> None:
         """The complete answer."""
-        self.has_begun = True
+        self.status = status
         await send_whole(self._send, status, headers, body)
 
     async def stream(self, status: int, headers: HeaderPairs, data: bytes, *, is_last: bool = False) -> None:
         """The next piece of a stream; status and headers count with the first."""
         if not self.has_begun:
-            self.has_begun = True
+            self.status = status
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
         if data or is_last:
             self._tail = (self._tail + data)[-2:]
@@ -37,7 +42,7 @@ class ClientAnswer:
     async def fail(self, error: FlowPrefillError) -> None:
         """An error: as the answer, or as the last event of a stream."""
         if not self.has_begun:
-            self.has_begun = True
+            self.status = error.status
             await send_error(self._send, error)
             return
         gap = b"" if self._tail in (b"", b"\n\n") else b"\n\n"  # ends an event that was cut short

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -29,11 +31,12 @@ CONTROL_TIMEOUT_S: Final = 60.0
 MAX_CONTROL_BODY_BYTES: Final = 1 << 20
 
 
-def control_app(dispatcher: Dispatcher) -> Starlette:
-    """The application for all paths that are not dispatched."""
+def control_app(dispatcher: Dispatcher, more: Sequence[Route] = ()) -> Starlette:
+    """The application for all paths that are not dispatched, with ``more`` of them."""
     control = _Control(dispatcher)
     both = ["GET", "POST"]
     routes = [
+        *more,
         Route("/health", control.health),
         Route("/liveness", control.health),
         Route("/readiness", control.readiness),
@@ -101,7 +104,7 @@ class _Control:
             return answer
         own = {
             "version": __version__,
-            "outcomes": dict(dispatcher.outcomes),
+            "outcomes": dict(dispatcher.metrics.outcomes),
             "retries": dispatcher.retries,
             "running": dispatcher.admission.inside,
             "waiting": dispatcher.admission.waiting,
@@ -210,6 +213,7 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "model": worker.hello.model,
             "state": worker.state,
             "in_flight": len(worker.assigned),
+            "phases": Counter(one.phase or "sent" for one in worker.assigned.values()),
             "outstanding_tokens": worker.outstanding_tokens,
             "dispatched_total": worker.dispatched_total,
             "version": worker.hello.version,

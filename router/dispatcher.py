@@ -10,24 +10,26 @@ import logging
 import random
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from starlette.types import Receive, Send
 
 from flowprefill_sglang.core.work import TokenRatio
-from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.errors import BadInput, FlowPrefillError
 from flowprefill_sglang.router.admission import Admission
 from flowprefill_sglang.router.answers import Refusal, dropped
+from flowprefill_sglang.router.attempt import Pair
 from flowprefill_sglang.router.config import RouterConfig
 from flowprefill_sglang.router.decode_pool import DecodePool
 from flowprefill_sglang.router.decode_registry import DecodeInstance
 from flowprefill_sglang.router.exchange import Outcome
-from flowprefill_sglang.router.handling import Handling, Pair
+from flowprefill_sglang.router.handling import Handling
 from flowprefill_sglang.router.http_client import Headers
 from flowprefill_sglang.router.log import event
 from flowprefill_sglang.router.merge import prompt_tokens
-from flowprefill_sglang.router.pd_fields import ParsedRequest
+from flowprefill_sglang.router.metrics import RouterMetrics
+from flowprefill_sglang.router.objectives import Intake
+from flowprefill_sglang.router.pd_fields import ParsedRequest, parse
 from flowprefill_sglang.router.policies import POLICIES
 from flowprefill_sglang.router.prefill_links import PrefillLinks
 from flowprefill_sglang.router.registry import PrefillWorker
@@ -37,6 +39,10 @@ log = logging.getLogger(__name__)
 
 ANY_MODEL = "default"
 """SGLang's own default for the ``model`` field, which it otherwise ignores."""
+PASSED_ON = frozenset(
+    {b"authorization", b"x-request-id", b"traceparent", b"tracestate", b"x-smg-routing-key", b"x-override-priority"}
+)
+"""Request headers that both sides get."""
 FAILURES = frozenset({Outcome.PREFILL_FAILED, Outcome.DECODE_FAILED, Outcome.EXPIRED})
 
 
@@ -52,13 +58,14 @@ class Dispatcher:
         self.admission = Admission(
             limit=config.max_concurrent_requests, queue_size=config.queue_size, timeout_s=config.queue_timeout_secs
         )
-        self.outcomes: Counter[Outcome] = Counter()
+        self.metrics = RouterMetrics(config.slo_classes_ms)
         self.retries = 0
         self.settling = False
         """Not ready any more, but still taking requests: load balancers need a moment to notice."""
         self.closing = False
         """Refusing new requests."""
         self.running: dict[str, Handling] = {}
+        self._intake = Intake(config.slo_classes_ms, config.default_slo_class)
         self._rng = rng
         self._ratio = TokenRatio()
         self._turn = 0
@@ -75,8 +82,14 @@ class Dispatcher:
 
     # ---- one request -----------------------------------------------------------------------------------------------
 
-    async def serve(self, request: ParsedRequest, headers: Headers, receive: Receive, send: Send) -> None:
-        """Serve one request to its end. Raises FlowPrefillError for what can be refused at once."""
+    async def serve(
+        self, path: str, body: bytes, headers: Headers, receive: Receive, send: Send, *, received_at: float
+    ) -> None:
+        """Serve one request to its end. ``received_at``: of its last byte, by ``time.monotonic``.
+
+        Raises FlowPrefillError for what can be refused at once, which ``refused`` then counts."""
+        request = parse(path, body)
+        terms = self._intake.terms(headers, request.terms)
         if self.closing:
             raise dropped("this router is shutting down", status=503, reason="no-endpoints", retry_after_s=1)
         self._check(request)
@@ -84,13 +97,31 @@ class Dispatcher:
         if rid in self.running or self.links.registry.holds(rid):
             raise BadInput(f"a request with the rid {rid!r} is running", code="duplicate_rid")
         tokens = request.exact_tokens or self._ratio.tokens(request.prompt_bytes)
-        handling = Handling(self, request, rid=rid, tokens=tokens, headers=headers, receive=receive, send=send)
+        handling = Handling(
+            self,
+            request,
+            terms,
+            rid=rid,
+            tokens=tokens,
+            headers=[pair for pair in headers if pair[0] in PASSED_ON],
+            received_at=received_at,
+            receive=receive,
+            send=send,
+        )
         self.running[rid] = handling
         try:
             await handling.run()
         finally:
             del self.running[rid]
             self._account(handling)
+
+    def refused(self, error: FlowPrefillError) -> None:
+        """Count a request that ``serve`` was not given, or refused."""
+        self.metrics.ended(Outcome.REJECTED if error.status < 500 else Outcome.SHED, error.status)
+
+    def left(self) -> None:
+        """Count a client that went away before its request was complete."""
+        self.metrics.ended(Outcome.CLIENT_GONE, 0)
 
     def abort(self, rid: str, *, everything: bool = False) -> int:
         """Abort running requests by rid or its beginning, as SGLang's scheduler matches. Returns how many."""
@@ -171,15 +202,17 @@ class Dispatcher:
             self._ratio.observe(prompt_bytes, prompt_tokens(bytes(answer)))
 
     def _account(self, handling: Handling) -> None:
-        exchange = handling.exchange
-        if exchange.outcome is None:  # refused before anything was tried
-            return
-        self.outcomes[exchange.outcome] += 1
+        exchange, now = handling.exchange, time.monotonic()
+        if exchange.outcome is None:  # the server cancelled it while it waited in the queue
+            exchange.client_gone()
+        assert exchange.outcome is not None
+        handling.first_token.ended(exchange.outcome, now, streamed=handling.streams)
+        self.metrics.ended(exchange.outcome, handling.status, handling.terms.tenant)
         level = logging.WARNING if exchange.outcome in FAILURES else logging.DEBUG
         if log.isEnabledFor(level):
             event(
                 log, level, "request_ended", rid=handling.rid, outcome=exchange.outcome, attempts=exchange.attempts,
-                wall_ms=round((time.monotonic() - handling.received_at) * 1000, 1), error=exchange.error or "",
+                wall_ms=round((now - handling.received_at) * 1000, 1), error=exchange.error or "",
             )  # fmt: skip
 
 

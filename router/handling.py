@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from starlette.types import Receive
@@ -19,16 +18,17 @@ from starlette.types import Send as AsgiSend
 
 from flowprefill_sglang.errors import FlowPrefillError, InternalError, PeerFault, TooLate
 from flowprefill_sglang.router.answers import Refusal
+from flowprefill_sglang.router.attempt import Pair, body_for, dispatch_for
 from flowprefill_sglang.router.client_answer import ClientAnswer
-from flowprefill_sglang.router.decode_registry import DecodeInstance
 from flowprefill_sglang.router.exchange import Exchange, Side, Step, Steps
 from flowprefill_sglang.router.http_client import Connection, Headers
 from flowprefill_sglang.router.log import FIELDS
 from flowprefill_sglang.router.merge import LogprobMerger, stream_error_status
-from flowprefill_sglang.router.pd_fields import ParsedRequest, rids, with_pd_fields
-from flowprefill_sglang.router.registry import PrefillWorker
+from flowprefill_sglang.router.objectives import Terms
+from flowprefill_sglang.router.pd_fields import ParsedRequest, rids
+from flowprefill_sglang.router.ttft import FirstToken
 from flowprefill_sglang.wire.framing import Buffer
-from flowprefill_sglang.wire.messages import Answer, Dispatch
+from flowprefill_sglang.wire.messages import Answer
 
 if TYPE_CHECKING:
     from flowprefill_sglang.router.dispatcher import Dispatcher
@@ -45,14 +45,6 @@ EVENT_STREAM: Final = b"text/event-stream"
 _DETAIL_BYTES: Final = 500
 
 
-@dataclass(slots=True, kw_only=True)
-class Pair:
-    """Who works on one attempt."""
-
-    prefill: PrefillWorker
-    decode: DecodeInstance
-
-
 class Handling:
     """One request. ``run`` is called once; it ends when the client has its answer, or has gone."""
 
@@ -60,14 +52,17 @@ class Handling:
         self,
         dispatcher: Dispatcher,
         request: ParsedRequest,
+        terms: Terms,
         *,
         rid: str,
         tokens: int,
         headers: Headers,
+        received_at: float,
         receive: Receive,
         send: AsgiSend,
     ) -> None:
         self.rid = rid
+        self.terms = terms
         self.names: list[str] = []
         """What SGLang calls the prompts of the present attempt."""
         self.exchange = Exchange(dispatcher.config.retries)
@@ -78,7 +73,9 @@ class Handling:
         self._receive = receive
         self._client = ClientAnswer(send)
         self._loop = dispatcher.loop
-        self.received_at = time.monotonic()  # the loop's own clock may tick in milliseconds
+        self.received_at = received_at  # by time.monotonic: the loop's own clock may tick in milliseconds
+        self._metrics = dispatcher.metrics.of_class(terms.slo_class)
+        self.first_token = FirstToken(self._metrics, received_at=received_at, slo_s=terms.ttft_slo_s)
         self._wake: asyncio.Future[None] | None = None
         self._news = False
         self._place: asyncio.Future[None] | None = None
@@ -92,7 +89,8 @@ class Handling:
         self._connection: Connection | None = None
         self._status = 0
         self._answer_headers: Headers = []
-        self._streams = False
+        self.streams = False
+        self.first_token.attempt_begins()
         self._chunks: list[bytes] = []
         self._buffered_bytes = 0
         self._ended = False
@@ -102,6 +100,11 @@ class Handling:
 
     # ---- the coroutine -------------------------------------------------------------------------------------------
 
+    @property
+    def status(self) -> int:
+        """HTTP status of the client's answer, 0 as long as there is none."""
+        return self._client.status
+
     async def run(self) -> None:
         """Serve the request from admission to its outcome."""
         watch = self._loop.create_task(self._watch_client())
@@ -109,6 +112,7 @@ class Handling:
         self._timers.append(self._loop.call_later(timeout_s, self._on_expired, timeout_s))
         try:
             if await self._enter():
+                self._metrics.waited(time.monotonic() - self.received_at)
                 try:
                     await self._serve()
                 finally:
@@ -165,18 +169,13 @@ class Handling:
         suffix = f"_retry{self.exchange.attempts}" if self.exchange.attempts else ""
         self._take_pair(pair, self.rid + suffix)
         self.names = [name + suffix for name in rids(self._request, self.rid)]
-        body = with_pd_fields(
-            self._request,
-            self.names,
-            host=pair.prefill.hello.bootstrap_host,
-            port=pair.prefill.hello.bootstrap_port,
-            new_room=self._dispatcher.new_room,
-        )
+        body = body_for(self._request, self.terms, self.names, pair, new_room=self._dispatcher.new_room)
         self.exchange.start()
-        dispatch = Dispatch(
+        dispatch = dispatch_for(
+            self._request.path,
+            self.terms,
             rid=self._link_rid,
-            path=self._request.path,
-            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in self._headers],
+            headers=self._headers,
             age_s=time.monotonic() - self.received_at,
         )
         text_bytes = self._request.prompt_bytes if self._request.exact_tokens is None else 0
@@ -209,7 +208,9 @@ class Handling:
                 await self._conclude()
                 return
             if self._chunks and self._may_pass_on():
-                await self._client.stream(self._status, self._answer_headers, self._take_chunks())
+                data = self._take_chunks()
+                self.first_token.passed_on(data, time.monotonic())
+                await self._client.stream(self._status, self._answer_headers, data)
             elif not self._news:
                 self._wake = self._loop.create_future()
                 await self._wake
@@ -225,7 +226,7 @@ class Handling:
         if self._buffered_bytes > HIGH_WATER_BYTES and self._connection is not None:
             self._connection.resume()
         self._buffered_bytes = 0
-        if self._streams and self._merger is not None:
+        if self.streams and self._merger is not None:
             try:
                 return self._merger.events(data)
             except PeerFault as error:
@@ -237,14 +238,17 @@ class Handling:
         """The outcome is known: end the client's answer in whatever form is still possible."""
         if self._answer_prefill and self._prefill_answer is not None:
             status, content_type, body = self._prefill_answer
-            await self._client.whole(status, [(b"content-type", content_type)], body)
+            headers = [(b"content-type", content_type), self.terms.answer_header()]
+            await self._client.whole(status, headers, body)
         elif self.exchange.error is not None:
             await self._client.fail(self.exchange.error)
-        elif self._relay and not self._streams:
+        elif self._relay and not self.streams:
             await self._client.whole(self._status, self._answer_headers, b"".join(self._chunks))
         elif self._relay:
             end = self._merger.end() if self._merger is not None else b""
-            await self._client.end_stream(self._status, self._answer_headers, self._take_chunks() + end)
+            data = self._take_chunks() + end
+            self.first_token.passed_on(data, time.monotonic())
+            await self._client.end_stream(self._status, self._answer_headers, data)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +333,8 @@ class Handling:
         if answer.content_type.startswith("text/event-stream"):
             status = stream_error_status(content) or status
         self._prefill_answer = (answer.status, answer.content_type.encode("latin-1", "replace"), content)
+        if status < 400:
+            self.first_token.prefilled(time.monotonic())
         self._do(self.exchange.prefill_answered(status, _detail(content)))
         if self.exchange.outcome is None and self._request.merges_logprobs and status < 400:
             try:
@@ -348,14 +354,15 @@ class Handling:
     def on_head(self, status: int, headers: Headers) -> None:
         self._status = status
         self._answer_headers = [pair for pair in headers if pair[0] in _PASSED_HEADERS]
-        self._streams = any(name == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers)
-        if self._streams:
+        self._answer_headers.append(self.terms.answer_header())
+        self.streams = any(name == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers)
+        if self.streams:
             self._do(self.exchange.decode_streams())
 
     def on_chunk(self, data: bytes) -> None:
         self._chunks.append(data)
         self._buffered_bytes += len(data)
-        if self._streams:
+        if self.streams:
             if self._buffered_bytes > HIGH_WATER_BYTES and self._connection is not None:
                 self._connection.pause()
             self._wake_up()
@@ -372,7 +379,7 @@ class Handling:
             self._do(self.exchange.decode_lost(f"decode failed: {self._pair.decode.url}: {reason}"))
 
     def _decode_complete(self) -> None:
-        if self._merger is not None and not self._streams and self._status < 400:
+        if self._merger is not None and not self.streams and self._status < 400:
             try:
                 self._chunks = [self._merger.whole(b"".join(self._chunks))]
             except PeerFault as error:

@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from flowprefill_sglang.errors import BadInput, InternalError
+from flowprefill_sglang.router.objectives import NOTHING_ASKED, BodyTerms
 
 MAX_BATCH: Final = 4096
 """Prompts in one body, samples counted. A body of nothing but commas could otherwise ask for millions of rooms."""
@@ -50,6 +51,9 @@ class _Body(msgspec.Struct):
     bootstrap_host: Raw = Raw()
     bootstrap_port: Raw = Raw()
     bootstrap_room: Raw = Raw()
+    ttft_slo_ms: Raw = Raw()
+    service_tier: Raw = Raw()
+    priority: Raw = Raw()
 
 
 class _Samples(msgspec.Struct):
@@ -86,6 +90,9 @@ class ParsedRequest:
     """Whether the answer needs the prompt's logprobs, which only the prefill side has."""
     has_own_fields: bool
     """The client sent some of the fields that the router sets."""
+    terms: BodyTerms
+    """What the body says of objective, class and priority. SGLang 0.5.23 reads ``priority`` and ignores the others, on
+    every path, so they stay in the body."""
 
 
 def parse(path: str, body: bytes) -> ParsedRequest:
@@ -131,6 +138,7 @@ def parse(path: str, body: bytes) -> ParsedRequest:
         exact_tokens=exact_tokens,
         merges_logprobs=merges,
         has_own_fields=any(bytes(getattr(fields, name)) for name in _OWN_FIELDS),
+        terms=_terms(fields),
     )
 
 
@@ -143,9 +151,16 @@ def rids(request: ParsedRequest, rid: str) -> list[str]:
 
 
 def with_pd_fields(
-    request: ParsedRequest, names: list[str], *, host: str, port: int, new_room: Callable[[], int]
+    request: ParsedRequest,
+    names: list[str],
+    *,
+    host: str,
+    port: int,
+    new_room: Callable[[], int],
+    priority: int | None = None,
 ) -> bytes:
-    """The body for both sides. ``new_room`` draws a bootstrap room: 63 random bits, never used twice."""
+    """The body for both sides. ``new_room`` draws a bootstrap room: 63 random bits, never used twice. ``priority``: in
+    place of the body's own, None to leave that as it is."""
     if len(names) != (request.batch or 1):
         raise InternalError(f"{len(names)} names for {request.batch or 1} prompts")
     own: dict[str, Any]
@@ -158,7 +173,9 @@ def with_pd_fields(
             "bootstrap_port": [port] * request.batch,
             "bootstrap_room": [new_room() for _ in names],
         }
-    if request.samples > 1 or request.has_own_fields:
+    if priority is not None:
+        own["priority"] = priority
+    if request.samples > 1 or request.has_own_fields or (priority is not None and request.terms.priority):
         return _encoder.encode(_one_sample_each(_object_decoder.decode(request.body), request) | own)
     inner = request.body[request.body.index(b"{") + 1 :]
     separator = b"" if inner.lstrip()[:1] == b"}" else b","
@@ -215,6 +232,13 @@ def _as_list(value: Any) -> list[Any]:
 
 
 # ---- reading single fields -----------------------------------------------------------------------------------------
+
+
+def _terms(fields: _Body) -> BodyTerms:
+    slo, tier, priority = bytes(fields.ttft_slo_ms), bytes(fields.service_tier), bytes(fields.priority)
+    if not (slo or tier or priority):
+        return NOTHING_ASKED
+    return BodyTerms(ttft_slo_ms=slo, service_tier=tier, priority=priority)
 
 
 def _is_none(raw: Raw) -> bool:

@@ -6,6 +6,7 @@ One owner: the router's event loop. Every request handed to a worker (``assign``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -47,6 +48,7 @@ class Assignment:
     prompt_bytes: int
     """Length of the prompt's text, to learn from; 0 when there is none."""
     assigned_at: float
+    slo_class: str
     phase: Phase | None = None
     """None until the worker has reported."""
 
@@ -119,6 +121,8 @@ class PrefillRegistry:
         )
         self._dead_after_s = dead_after_s
         self.workers: dict[str, PrefillWorker] = {}
+        self.preemptions: Counter[str] = Counter()
+        """Suspensions that workers reported, by the suspended request's SLO class."""
         self._by_link: dict[bytes, PrefillWorker] = {}
         self._holder: dict[str, PrefillWorker] = {}  # by rid
         self._ready: list[PrefillWorker] | None = None  # cache, dropped at each change of a state
@@ -143,7 +147,11 @@ class PrefillRegistry:
         if worker is None or worker.state is not WorkerState.READY or dispatch.rid in self._holder:
             raise InternalError(f"request {dispatch.rid} cannot be assigned to {name}")
         worker.assigned[dispatch.rid] = Assignment(
-            rid=dispatch.rid, tokens=tokens, prompt_bytes=prompt_bytes, assigned_at=now
+            rid=dispatch.rid,
+            tokens=tokens,
+            prompt_bytes=prompt_bytes,
+            assigned_at=now,
+            slo_class=dispatch.slo_class,
         )
         worker.outstanding_tokens += tokens
         worker.dispatched_total += 1
@@ -180,6 +188,8 @@ class PrefillRegistry:
             case Progress():
                 if (assignment := worker.assigned.get(message.rid)) is not None:
                     assignment.phase = message.phase
+                    if message.phase is Phase.PREEMPTED:
+                        self.preemptions[assignment.slo_class] += 1
                 return []
             case Heartbeat():
                 worker.load = message.load

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from typing import Final
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from flowprefill_sglang.errors import StartupError
 from flowprefill_sglang.router.app import RouterApp
 from flowprefill_sglang.router.config import RouterConfig
 from flowprefill_sglang.router.dispatcher import Dispatcher
+from flowprefill_sglang.router.exposition import metrics_app, metrics_routes
 from flowprefill_sglang.router.log import event, set_up
 
 log = logging.getLogger(__name__)
@@ -36,32 +38,45 @@ class _Server(uvicorn.Server):
 class Router:
     """A router inside a running event loop, for tests and for processes that run other things too.
 
-    ``url`` and ``worker_endpoint`` say where it listens once ``start`` has returned.
+    ``url``, ``metrics_url`` and ``worker_endpoint`` say where it listens once ``start`` has returned.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        self._server: _Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._servers: list[tuple[_Server, asyncio.Task[None]]] = []
         self.dispatcher: Dispatcher | None = None
         self.url = ""
+        self.metrics_url = ""
         self.worker_endpoint = ""
 
     async def start(self) -> None:
         """Accept connections from now on. Raises StartupError when a port is taken."""
-        listener = _listen(self._config.host, self._config.port)
-        dispatcher = Dispatcher(self._config, rng=random.SystemRandom())
-        try:
+        config = self._config
+        ports = [config.port] if config.prometheus_port is None else [config.port, config.prometheus_port]
+        with contextlib.ExitStack() as on_failure:
+            listeners = [on_failure.enter_context(_listen(config.host, port)) for port in ports]
+            dispatcher = Dispatcher(config, rng=random.SystemRandom())
             await dispatcher.open()
-        except StartupError:
-            listener.close()
-            raise
+            on_failure.pop_all()
         self.dispatcher = dispatcher
         self.worker_endpoint = dispatcher.links.endpoint
-        self.url = _url(listener)
-        self._server = _Server(
+        self.url, self.metrics_url = _url(listeners[0]), _url(listeners[-1]) + "/metrics"
+        routes = metrics_routes(dispatcher)
+        apps: list[ASGIApp]
+        if config.prometheus_port is None:
+            apps = [RouterApp(dispatcher, routes)]
+        else:
+            apps = [RouterApp(dispatcher), metrics_app(routes)]
+        for app, listener in zip(apps, listeners, strict=True):
+            self._serve(app, listener)
+        event(
+            log, logging.INFO, "router_listening", url=self.url, workers=self.worker_endpoint, metrics=self.metrics_url
+        )
+
+    def _serve(self, app: ASGIApp, listener: socket.socket) -> None:
+        server = _Server(
             uvicorn.Config(
-                RouterApp(dispatcher),
+                app,
                 http="httptools",
                 ws="none",
                 lifespan="off",
@@ -73,12 +88,12 @@ class Router:
                 backlog=LISTEN_BACKLOG,
             )
         )
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
-        event(log, logging.INFO, "router_listening", url=self.url, workers=self.worker_endpoint)
+        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
+        self._servers.append((server, serving))
 
     async def stop(self, *, hurry: asyncio.Event | None = None) -> None:
         """Refuse new requests, let those running end, abort the rest, close. ``hurry`` cuts the waiting short."""
-        if self.dispatcher is None or self._server is None or self._serving is None:
+        if self.dispatcher is None:
             return
         hurry = hurry or asyncio.Event()
         dispatcher = self.dispatcher
@@ -94,9 +109,10 @@ class Router:
             event(log, logging.WARNING, "router_aborts_requests", running=len(dispatcher.running))
             dispatcher.end_all()
             await asyncio.sleep(0)
-        self._server.should_exit = True
-        self._server.config.timeout_graceful_shutdown = 1
-        await self._serving
+        for server, _ in self._servers:
+            server.should_exit = True
+            server.config.timeout_graceful_shutdown = 1
+        await asyncio.gather(*(serving for _, serving in self._servers))
         await dispatcher.close()
         event(log, logging.INFO, "router_stopped")
 

@@ -19,6 +19,7 @@ from flowprefill_sglang.bench.endpoints import AnswerReader, Endpoint
 from flowprefill_sglang.bench.sse import SseDecoder
 
 SLO_HEADER = "x-sgl-ttft-slo-ms"
+CLASS_HEADER = "x-slo-class"
 Clock = Callable[[], float]
 
 
@@ -35,7 +36,7 @@ class PlannedRequest:
     endpoint: Endpoint
     body: bytes
     slo_ms: float | None = None
-    """TTFT objective, told to the server in a header; None sends none."""
+    """TTFT objective, told to the server in a header, as is the class then; None sends neither."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +79,14 @@ async def replay(
     max_in_flight: int = 8_192,
     on_record: Callable[[RequestRecord], None] | None = None,
     clock: Clock = time.perf_counter,
+    started_at: float | None = None,
 ) -> list[RequestRecord]:
     """Send every planned request to the server at ``url`` and return one record each, in the plan's order.
 
     ``timeout_s`` bounds each request. A request that would be in flight beside ``max_in_flight`` others is not sent and
     recorded as an error: waiting would turn open-loop load into closed-loop load. Cancelling this coroutine closes
-    every connection before it ends, so that the server can abort what it works on.
+    every connection before it ends, so that the server can abort what it works on. ``started_at`` is the zero of the
+    records' times, a reading of ``clock``; default: now.
     """
     in_flight: set[asyncio.Task[None]] = set()
     ended: dict[int, RequestRecord] = {}
@@ -94,17 +97,17 @@ async def replay(
             on_record(record)
 
     async def send(row: int) -> None:
-        keep(row, await _send(session, plan[row], lambda: clock() - started_at))
+        keep(row, await _send(session, plan[row], lambda: clock() - zero_at))
 
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s))
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url.rstrip("/"), timeout=timeout, connector=connector) as session:
-        started_at = clock()
+        zero_at = clock() if started_at is None else started_at
         try:
             for row in sorted(range(len(plan)), key=lambda row: plan[row].at_s):
-                await asyncio.sleep(max(0.0, plan[row].at_s - (clock() - started_at)))
+                await asyncio.sleep(max(0.0, plan[row].at_s - (clock() - zero_at)))
                 if len(in_flight) >= max_in_flight:
-                    keep(row, _not_sent(plan[row], clock() - started_at, max_in_flight))
+                    keep(row, _not_sent(plan[row], clock() - zero_at, max_in_flight))
                     continue
                 task = asyncio.create_task(send(row))
                 in_flight.add(task)
@@ -124,6 +127,7 @@ async def _send(session: aiohttp.ClientSession, planned: PlannedRequest, now: Cl
     headers = {"content-type": "application/json"}
     if planned.slo_ms is not None:
         headers[SLO_HEADER] = f"{planned.slo_ms:.3f}"
+        headers[CLASS_HEADER] = planned.class_name
     try:
         async with session.post(planned.endpoint.path, data=planned.body, headers=headers) as response:
             status = response.status

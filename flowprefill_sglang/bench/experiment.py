@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -48,6 +49,8 @@ class Prepared:
     requests: tuple[TraceRequest, ...]
     length_factor: float
     objectives: dict[str, Objective]
+    isolated_ttft_s: dict[str, list[float]]
+    """TTFTs of each class's median prompt, alone on this server; empty when it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Result:
     prepared: Prepared
     records: list[RequestRecord]
     report: Report
+    started_unix_at: float
+    """Time of day of the records' zero, in seconds."""
 
     def to_document(self) -> dict[str, Any]:
         """The JSON document, raw rows included."""
@@ -88,6 +93,7 @@ async def prepare(url: str, requests: Sequence[TraceRequest], settings: Experime
             f"the largest scale that fits is about {fitting:g}"
         )
     medians = median_prompts(fitted)
+    isolated_ttft_s: dict[str, list[float]] = {}
     if settings.slo_factor is not None:
         objectives = unscaled_objectives(settings.slo_factor)
     else:
@@ -100,7 +106,9 @@ async def prepare(url: str, requests: Sequence[TraceRequest], settings: Experime
             seed=settings.seed,
         )
         objectives = scaled_objectives(medians, isolated_ttft_s, factor)
-    return Prepared(model=model, requests=fitted, length_factor=factor, objectives=objectives)
+    return Prepared(
+        model=model, requests=fitted, length_factor=factor, objectives=objectives, isolated_ttft_s=isolated_ttft_s
+    )
 
 
 async def run(
@@ -119,5 +127,11 @@ async def run(
         prompts=settings.prompts,
         objectives=prepared.objectives,
     )
-    records = await replay(url, plan, timeout_s=settings.timeout_s, on_record=on_record)
-    return Result(prepared=prepared, records=records, report=summarize(records, prepared.objectives))
+    started_at, started_unix_at = time.perf_counter(), time.time()
+    records = await replay(url, plan, timeout_s=settings.timeout_s, on_record=on_record, started_at=started_at)
+    return Result(
+        prepared=prepared,
+        records=records,
+        report=summarize(records, prepared.objectives),
+        started_unix_at=started_unix_at,
+    )

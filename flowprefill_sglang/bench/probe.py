@@ -24,23 +24,61 @@ class ServedModel:
     max_context_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How an SGLang server forms its batches, by its own word."""
+
+    schedule_policy: str
+    chunked_prefill_size: int
+    """Most new tokens of one forward pass; -1: no limit of this kind."""
+    max_prefill_tokens: int
+
+    def flags(self) -> str:
+        """As SGLang's command line takes them."""
+        return (
+            f"--schedule-policy {self.schedule_policy} --chunked-prefill-size {self.chunked_prefill_size} "
+            f"--max-prefill-tokens {self.max_prefill_tokens}"
+        )
+
+
+async def fetch_engine_settings(worker_url: str, *, timeout_s: float = 10.0) -> EngineSettings:
+    """Those of the SGLang server at ``worker_url``. Raises PeerFault when it does not say."""
+    address = f"{worker_url.rstrip('/')}/server_info"
+    info = await _get_json(address, timeout_s)
+    try:
+        return EngineSettings(
+            schedule_policy=str(info["schedule_policy"]),
+            chunked_prefill_size=int(info["chunked_prefill_size"]),
+            max_prefill_tokens=int(info["max_prefill_tokens"]),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise PeerFault(f"{address} does not say how the server forms its batches") from error
+
+
 async def fetch_model(url: str, *, timeout_s: float = 10.0) -> ServedModel:
     """The first model that the server lists. Raises PeerFault when there is none or the server is not to be had."""
     listing = f"{url.rstrip('/')}/v1/models"
+    document = await _get_json(listing, timeout_s)
+    try:
+        first = document["data"][0]
+        return ServedModel(name=str(first["id"]), max_context_tokens=int(first["max_model_len"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise PeerFault(f"{listing} does not list a model with its max_model_len") from error
+
+
+async def _get_json(address: str, timeout_s: float) -> Any:  # any JSON document, checked by the caller
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
-            session.get(listing, raise_for_status=True) as response,
+            session.get(address, raise_for_status=True) as response,
         ):
-            document: Any = await response.json()  # checked below, field by field
-        first = document["data"][0]
-        return ServedModel(name=str(first["id"]), max_context_tokens=int(first["max_model_len"]))
+            return await response.json()
     except TimeoutError as error:
-        raise PeerFault(f"no answer from {listing} within {timeout_s:g} s") from error
+        raise PeerFault(f"no answer from {address} within {timeout_s:g} s") from error
     except aiohttp.ClientError as error:
-        raise PeerFault(f"no model list from {listing}: {error}") from error
-    except (LookupError, TypeError, ValueError) as error:
-        raise PeerFault(f"{listing} does not list a model with its max_model_len") from error
+        raise PeerFault(f"nothing from {address}: {error}") from error
+    except ValueError as error:
+        raise PeerFault(f"{address} did not answer with JSON") from error
 
 
 async def measure_isolated_ttft(

@@ -1,42 +1,45 @@
-"""``flowprefill demo``: bring a cluster up, replay a workload through it, print a table, take it down again."""
+"""``flowprefill demo``: one workload under FlowPrefill and under stock SGLang's prefill scheduler, side by side."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flowprefill_sglang.bench.comparison import Contestant, comparison_document, comparison_table, facts, outline
+from flowprefill_sglang.bench.comparison_picture import draw_contestants
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
-from flowprefill_sglang.bench.experiment import ExperimentSettings, Prepared, Result, prepare, run
-from flowprefill_sglang.bench.objectives import REFERENCE
+from flowprefill_sglang.bench.experiment import ExperimentSettings
 from flowprefill_sglang.bench.provenance import provenance
 from flowprefill_sglang.bench.report import to_table
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
-from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.bench.timeline_plot import check_suffix
+from flowprefill_sglang.cli.demo_run import DemoRun
+from flowprefill_sglang.cluster.launcher import ClusterSpec
+from flowprefill_sglang.errors import BadInput, StartupError
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
 from flowprefill_sglang.workload.generator import generate_workload
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_sglang.workload.trace import TraceRequest, scale_rate, window
 
-DEFAULT_REQUESTS = 100
-DEFAULT_RATE_RPS = 4.0
-GENERATED_LENGTH_SCALE = 0.25
-"""The generator's lengths suit an 8B model on a GPU; a quarter of them suits a tiny model on two cores."""
-DEFAULT_PREFILL, DEFAULT_DECODE = 2, 1
+DEFAULT_REQUESTS = 200
+DEFAULT_RATE_RPS = 4.5
+GENERATED_LENGTH_SCALE = 0.5
+"""The generator's lengths suit an 8B model on a GPU. Half of them keep a tiny model's prefill worker on one core busy
+for about 60% of the time, with prompts of over a second among others of 20 ms."""
+DEFAULT_PREFILL, DEFAULT_DECODE = 1, 1
+DEFAULT_TIMELINE = Path("flowprefill-timeline.png")
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,11 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--prefill", type=_count, metavar="N", help=f"prefill workers (default {DEFAULT_PREFILL})")
     cluster.add_argument("--decode", type=_count, metavar="M", help=f"decode instances (default {DEFAULT_DECODE})")
+    cluster.add_argument(
+        "--scheduler",
+        choices=("both", "flowprefill", "stock"),
+        help="prefill scheduler: FlowPrefill's, SGLang's own, or one after the other (default: both)",
+    )
     cluster.add_argument("--model-path", type=Path, metavar="DIR", help="model folder (default: a tiny one made here)")
     cluster.add_argument(
         "--url", help="use the router (or SGLang server) at this address instead of starting a cluster"
@@ -86,6 +94,14 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--timeout-s", type=_factor, default=300.0, metavar="S", help="per request (default 300)")
     how.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    how.add_argument(
+        "--timeline",
+        type=Path,
+        default=DEFAULT_TIMELINE,
+        metavar="FILE",
+        help=f"where to draw what ran when (default: {DEFAULT_TIMELINE})",
+    )
+    how.add_argument("--no-timeline", action="store_true", help="draw nothing")
 
 
 def run_demo(namespace: argparse.Namespace) -> int:
@@ -108,13 +124,16 @@ def _check(namespace: argparse.Namespace) -> None:
     if namespace.trace is not None and namespace.requests is not None:
         raise BadInput("--requests is for the generated workload; use --limit with --trace")
     if namespace.url is not None:
-        for flag in ("prefill", "decode", "model_path"):
+        for flag in ("prefill", "decode", "model_path", "scheduler"):
             if getattr(namespace, flag) is not None:
                 raise BadInput(f"--{flag.replace('_', '-')} starts a cluster and --url uses one; give one of the two")
         if not namespace.url.startswith(("http://", "https://")):
             raise BadInput(f"--url: expected an address like http://127.0.0.1:30000, got {namespace.url!r}")
-    if namespace.json is not None and not namespace.json.absolute().parent.is_dir():
-        raise BadInput(f"--json: the folder {namespace.json.parent} does not exist")
+    for flag in ("json", "timeline"):
+        path = getattr(namespace, flag)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadInput(f"--{flag}: the folder {path.parent} does not exist")
+    check_suffix("--timeline", namespace.timeline)
 
 
 def _load(namespace: argparse.Namespace) -> tuple[tuple[TraceRequest, ...], dict[str, Any]]:
@@ -149,78 +168,50 @@ async def _run(namespace: argparse.Namespace, requests: Sequence[TraceRequest], 
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     console = Console()
-    async with _server(namespace, console) as (url, cluster, server):
-        work = asyncio.create_task(_replay(namespace, requests, about["name"], url, console))
-        result = await (work if cluster is None else _while_alive(cluster, work))
-    report = result.report
-    console.print(to_table(report, result.prepared.objectives))
-    for error, count in report.errors[:5]:
-        console.print(f"{count} × {escape(error)}", style="red", soft_wrap=True)
-    if report.is_client_late:
-        console.print(
-            f"the load client was late: 1% of the requests left over {report.late_p99_ms:.0f} ms after their time, "
-            "so that the load was not quite the one asked for",
-            style="yellow",
-            soft_wrap=True,
-        )
+    contestants = await _contestants(namespace, requests, about["name"], console)
+    _print_results(contestants, console)
+    picture = None
+    if not namespace.no_timeline:
+        picture = _draw(namespace.timeline, contestants, console)
     if namespace.json is not None:
+        server = {"url": namespace.url} if namespace.url is not None else _cluster_size(namespace)
         document = (
-            result.to_document()
+            comparison_document(contestants, str(picture) if picture else None)
             | {"workload": about, "server": server}
             | provenance(["flowprefill", *sys.argv[1:]], started)
         )
         _write_json(namespace.json, document)
-    return 0 if report.succeeded == report.requests else 1
+    reports = [contestant.result.report for contestant in contestants]
+    return 0 if all(report.succeeded == report.requests for report in reports) else 1
 
 
-@contextlib.asynccontextmanager
-async def _server(
-    namespace: argparse.Namespace, console: Console
-) -> AsyncIterator[tuple[str, LocalCluster | None, dict[str, Any]]]:
-    """Where to send requests, the cluster if one was started for it, and what the results say about it."""
+async def _contestants(
+    namespace: argparse.Namespace, requests: Sequence[TraceRequest], name: str, console: Console
+) -> list[Contestant]:
+    """Every scheduler's run, one after another; FlowPrefill's comes first in the result.
+
+    Stock SGLang runs first: what single requests take there sets the objectives for both.
+    """
+    runner = DemoRun(_settings(namespace), requests, name, console)
     if namespace.url is not None:
-        yield namespace.url, None, {"url": namespace.url}
-        return
-    spec = ClusterSpec(
-        model_path=(namespace.model_path or make_tiny_model()).resolve(),
-        prefill=namespace.prefill or DEFAULT_PREFILL,
-        decode=namespace.decode or DEFAULT_DECODE,
-    )
-    console.print(
-        f"starting 1 router, {spec.prefill} prefill and {spec.decode} decode; model {spec.model_path.name}",
-        soft_wrap=True,
-    )
-    async with contextlib.AsyncExitStack() as stack:
-        with console.status("loading") as status:
-
-            def show(event: LaunchEvent) -> None:
-                status.update(f"{event.elapsed_s:.0f} s: {event.name} {event.state}")
-                if event.state in ("ready", "failed"):
-                    console.print(f"  {event.name:<10} {event.state:<6} after {event.elapsed_s:.1f} s")
-
-            cluster = await stack.enter_async_context(LocalCluster(spec, show))
-        yield cluster.url, cluster, {"prefill": spec.prefill, "decode": spec.decode}
+        return [await runner.on_server(namespace.url)]
+    model_path = (namespace.model_path or make_tiny_model()).resolve()
+    size = _cluster_size(namespace)
+    schedulers = ("stock", "flowprefill") if namespace.scheduler in (None, "both") else (namespace.scheduler,)
+    contestants = []
+    for scheduler in schedulers:
+        spec = ClusterSpec(model_path=model_path, prefill=size["prefill"], decode=size["decode"])
+        contestants.append(await runner.on_new_cluster(scheduler, spec))
+    return contestants[::-1]
 
 
-async def _while_alive(cluster: LocalCluster, work: asyncio.Task[Result]) -> Result:
-    """The work's result. Raises PeerFault when the cluster cannot serve any more before it is done."""
-    watching = asyncio.create_task(cluster.watch())
-    try:
-        await asyncio.wait([work, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            await watching  # raises: it returns for no other reason
-        return await work
-    finally:
-        for task in (work, watching):
-            task.cancel()
-        await asyncio.gather(work, watching, return_exceptions=True)
+def _cluster_size(namespace: argparse.Namespace) -> dict[str, int]:
+    return {"prefill": namespace.prefill or DEFAULT_PREFILL, "decode": namespace.decode or DEFAULT_DECODE}
 
 
-async def _replay(
-    namespace: argparse.Namespace, requests: Sequence[TraceRequest], name: str, url: str, console: Console
-) -> Result:
+def _settings(namespace: argparse.Namespace) -> ExperimentSettings:
     generated_scale = GENERATED_LENGTH_SCALE if namespace.trace is None else None
-    settings = ExperimentSettings(
+    return ExperimentSettings(
         endpoint=namespace.endpoint,
         prompts=namespace.prompts,
         seed=namespace.seed,
@@ -229,28 +220,38 @@ async def _replay(
         slo_factor=namespace.slo_factor,
         timeout_s=namespace.timeout_s,
     )
-    with console.status("measuring single requests"):
-        prepared = await prepare(url, requests, settings)
-    _print_plan(prepared, name, console)
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("replaying", total=len(requests))
-        return await run(url, prepared, settings, lambda record: progress.advance(bar))
 
 
-def _print_plan(prepared: Prepared, name: str, console: Console) -> None:
-    requests, factor = prepared.requests, prepared.length_factor
-    tokens = sum(r.input_tokens for r in requests)
-    console.print(
-        f"workload: {escape(name)}: {len(requests)} requests in {requests[-1].arrival_s:.0f} s, "
-        f"{tokens:,} prompt tokens, lengths × {factor:g}",
-        soft_wrap=True,
-    )
-    measured = any(o.isolated_ttft_ms is not None for o in prepared.objectives.values())
-    basis = f"what single requests take here / on {REFERENCE}" if measured else "the stated factor"
-    console.print(f"TTFT objectives: the paper's × {basis}", soft_wrap=True)
-    for class_name, objective in prepared.objectives.items():
-        console.print(f"  {class_name:<7} {objective.class_slo_ms:5.0f} ms × {objective.factor:.3f}")
+def _print_results(contestants: Sequence[Contestant], console: Console) -> None:
+    if len(contestants) == 2:
+        console.print(comparison_table(*contestants))
+        console.print(facts(*contestants), soft_wrap=True)
+    for contestant in contestants:
+        report = contestant.result.report
+        if len(contestants) == 1:
+            console.print(to_table(report, contestant.result.prepared.objectives))
+        else:
+            console.print(f"{contestant.name}: {outline(contestant)}", soft_wrap=True)
+        for error, count in report.errors[:5]:
+            console.print(f"{contestant.name}: {count} × {escape(error)}", style="red", soft_wrap=True)
+        if report.is_client_late:
+            console.print(
+                f"{contestant.name}: the load client was late: 1% of the requests left over {report.late_p99_ms:.0f} "
+                "ms after their time, so that the load was not quite the one asked for",
+                style="yellow",
+                soft_wrap=True,
+            )
+
+
+def _draw(path: Path, contestants: Sequence[Contestant], console: Console) -> Path | None:
+    """The picture's path; None, with a word about why, when there is none."""
+    try:
+        shown = draw_contestants(path, contestants)
+    except (StartupError, OSError) as error:
+        console.print(f"no timeline drawn: {escape(str(error))}", style="yellow", soft_wrap=True)
+        return None
+    console.print(f"timeline: {escape(f'{path} shows {shown}')}", soft_wrap=True)
+    return path
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

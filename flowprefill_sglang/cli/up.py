@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
 from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 
@@ -27,6 +28,20 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ready-file", type=Path, default=None, help="JSON written once requests are accepted")
     parser.add_argument("--log-dir", type=Path, default=None, help="where each process writes its log")
     parser.add_argument("--api-key", default=None, metavar="KEY", help="bearer token that clients must send")
+    parser.add_argument(
+        "--prefill-scheduler",
+        type=SchedulerKind,
+        choices=list(SchedulerKind),
+        default=SchedulerKind.FLOWPREFILL,
+        help="preemptive and deadline-aware, or SGLang's own for comparison (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prefill-args",
+        type=_flags,
+        default=(),
+        metavar="'FLAGS'",
+        help="flags for the prefill workers alone, in one string",
+    )
     parser.add_argument(
         "--router-args", type=_flags, default=(), metavar="'FLAGS'", help="flags for the router, in one string"
     )
@@ -65,6 +80,7 @@ def run_up(namespace: argparse.Namespace) -> int:
         port=namespace.port,
         api_key=namespace.api_key,
         router_arguments=namespace.router_args,
+        prefill_arguments=("--prefill-scheduler", str(namespace.prefill_scheduler), *namespace.prefill_args),
         sglang_arguments=tuple(namespace.rest),
         log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
     )

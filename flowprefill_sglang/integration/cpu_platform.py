@@ -30,6 +30,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         core here. What disaggregation needs beside this is in ``cpu_disaggregation``.
         """
         server_args.sleep_on_idle = True
+        if server_args.mem_fraction_static is None:
+            # Not used, since the pool's size is set below, but refused by SGLang when its own guess, which falls with
+            # the size of a prefill chunk, is negative.
+            server_args.mem_fraction_static = 0.8
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
         server_args.disable_overlap_schedule = True

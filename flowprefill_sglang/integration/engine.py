@@ -12,10 +12,11 @@ from typing import Any
 
 from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.integration.request_terms import dispatched
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp, call
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.wire.framing import Buffer
-from flowprefill_sglang.wire.messages import PROTOCOL_VERSION, Hello, Limits
+from flowprefill_sglang.wire.messages import PROTOCOL_VERSION, Dispatch, Hello, Limits
 
 
 class SGLangEngine:
@@ -28,10 +29,11 @@ class SGLangEngine:
         self._tokenizer_manager = get_global_state().tokenizer_manager
 
     async def request(
-        self, path: str, headers: Sequence[tuple[str, str]], body: Buffer, disconnected: asyncio.Event
+        self, dispatch: Dispatch, received_at: float, body: Buffer, disconnected: asyncio.Event
     ) -> tuple[int, str, bytes]:
-        """What SGLang's endpoint at ``path`` answers to a POST of ``body``: status, content type, body."""
-        return await call(self._app, "POST", path, headers, body, disconnected)
+        """What SGLang's endpoint at the dispatch's path answers to a POST of ``body``: status, content type, body."""
+        with dispatched(dispatch, received_at):
+            return await call(self._app, "POST", dispatch.path, dispatch.headers, body, disconnected)
 
     def abort(self, rids: Sequence[str]) -> None:
         """Abort the prompts of these names. Those that SGLang does not know yet, or any more, are ignored."""

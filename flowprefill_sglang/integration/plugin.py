@@ -14,6 +14,7 @@ import os
 from flowprefill_sglang.errors import StartupError
 from flowprefill_sglang.integration.hooks import Hook, missing, stop, verify_when_applied
 from flowprefill_sglang.integration.hooks import register as register_hooks
+from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings, published
 
 _registered: list[Hook] = []  # this process's hooks; filled once by register()
 
@@ -31,20 +32,32 @@ def register() -> None:
 
 
 def _register() -> None:
-    from flowprefill_sglang.integration import cpu_disaggregation, platform, transfer_backend
+    from flowprefill_sglang.integration import cpu_disaggregation, platform, request_terms, transfer_backend
 
     # The eager runner otherwise copies each batch's inputs into one static buffer per process, which a suspended
     # forward would share with the running one. Inherited by the scheduler processes.
     os.environ.setdefault("SGLANG_EAGER_INPUT_NO_COPY", "1")
     transfer_backend.prepare()
-    hooks = [*transfer_backend.hooks()]
-    checks = [transfer_backend.check]
+    hooks = [*transfer_backend.hooks(), *request_terms.hooks()]
+    checks = [transfer_backend.check, request_terms.check]
+    settings = published()
+    if settings is not None:
+        hooks += _scheduler_hooks(settings)
     if not platform.has_accelerator():
         hooks += cpu_disaggregation.hooks()
         checks.append(cpu_disaggregation.check)
     register_hooks(hooks)
     verify_when_applied(hooks, checks)
     _registered.extend(hooks)
+
+
+def _scheduler_hooks(settings: SchedulerSettings) -> list[Hook]:
+    """What a prefill worker's processes get beside."""
+    from flowprefill_sglang.integration import prefill_control, prefill_start, stock_recorder, wakeup
+
+    if settings.kind is SchedulerKind.STOCK:
+        return stock_recorder.hooks(settings)
+    return [*prefill_start.hooks(settings), *prefill_control.hooks(), *wakeup.hooks()]
 
 
 def require_loaded() -> None:

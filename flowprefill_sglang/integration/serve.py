@@ -14,11 +14,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from flowprefill_sglang.errors import BadInput, FlowPrefillError, InternalError, StartupError
+from flowprefill_sglang.errors import FlowPrefillError, InternalError, StartupError
+from flowprefill_sglang.integration.platform import has_accelerator
 from flowprefill_sglang.integration.plugin import require_loaded
+from flowprefill_sglang.integration.refusals import refuse_what_cannot_work
+from flowprefill_sglang.integration.worker_events import count_metrics, published_endpoint, timeline_route
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.link import Link
+from flowprefill_sglang.prefill_worker.settings import SchedulerKind, publish
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -29,6 +34,17 @@ DEFAULT_FLAGS = ("--disaggregation-transfer-backend", "zmq")
 """Ahead of the user's flags, of which a later one of the same name wins: the built-in handoff needs no system
 package."""
 
+WORKER_FLAGS = ("--enable-metrics",)
+"""Of every prefill worker: without it, ``/metrics`` would show neither SGLang's metrics nor ours."""
+
+SCHEDULER_FLAGS = ("--disable-overlap-schedule",)
+"""What FlowPrefill's scheduler needs of SGLang: overlap keeps one batch's state in buffers of the next one."""
+
+CPU_SCHEDULER_FLAGS = ("--chunked-prefill-size", "16384")
+"""Chunks are there for memory only, since a forward pass can stop anywhere; a prompt that is longer than one is computed
+in several tasks. On a GPU SGLang's own default is right, since it sets memory aside for one chunk's activations. On a
+CPU that default is small, and torch_native attention computes a cached prefix again for each chunk."""
+
 
 def serve_prefill(config: WorkerConfig, sglang_arguments: Sequence[str]) -> int:
     """Run a prefill worker until it is told to stop; returns the process's exit status.
@@ -36,17 +52,25 @@ def serve_prefill(config: WorkerConfig, sglang_arguments: Sequence[str]) -> int:
     ``sglang_arguments`` are SGLang's own flags. Raises BadInput for those that cannot work here, StartupError
     for what SGLang refuses, PeerFault when the router refuses this worker.
     """
-    server_args = _parse(["--disaggregation-mode", "prefill", *DEFAULT_FLAGS, *sglang_arguments])
-    _refuse_what_cannot_work(server_args)
+    config.scheduler.check()
+    publish(config.scheduler)  # before the plugin is loaded, which reads it here and in SGLang's other processes
+    defaults = _default_flags(config.scheduler.kind)
+    server_args = _parse(["--disaggregation-mode", "prefill", *defaults, *sglang_arguments])
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    refuse_what_cannot_work(resolving_view(server_args), config.scheduler.kind)
     from sglang.srt.entrypoints.http_server import app, launch_server
     from sglang.srt.utils import kill_process_tree
 
-    link = _LinkOnTheServersLoop(config, app)
-    app.router.lifespan_context = link.around(app.router.lifespan_context)
-    try:
-        launch_server(server_args, launch_callback=link.server_is_ready)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+    with published_endpoint() as endpoint:
+        feed = EventFeed(endpoint)
+        link = _LinkOnTheServersLoop(config, app, feed)
+        app.router.lifespan_context = link.around(app.router.lifespan_context)
+        app.router.routes.append(timeline_route(config.name, feed))
+        try:
+            launch_server(server_args, launch_callback=link.server_is_ready)
+        finally:
+            kill_process_tree(os.getpid(), include_parent=False)
     if link.failure is not None:
         raise link.failure
     return 0
@@ -65,6 +89,13 @@ def serve_decode(sglang_arguments: Sequence[str]) -> int:
     return 0
 
 
+def _default_flags(kind: SchedulerKind) -> tuple[str, ...]:
+    if kind is SchedulerKind.STOCK:
+        return (*DEFAULT_FLAGS, *WORKER_FLAGS)
+    cpu_flags = () if has_accelerator() else CPU_SCHEDULER_FLAGS
+    return (*DEFAULT_FLAGS, *WORKER_FLAGS, *SCHEDULER_FLAGS, *cpu_flags)
+
+
 def _parse(arguments: Sequence[str]) -> ServerArgs:
     """SGLang's flags to its settings, with all plugins loaded and ours verified. Raises StartupError."""
     from sglang.srt.plugins import load_plugins
@@ -81,33 +112,14 @@ def _parse(arguments: Sequence[str]) -> ServerArgs:
     return server_args
 
 
-def _refuse_what_cannot_work(server_args: ServerArgs) -> None:
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    settings = resolving_view(server_args)
-    refusals = {
-        "--tokenizer-worker-num above 1: the link to the router lives in SGLang's only HTTP process; start more "
-        "prefill workers instead": settings.tokenizer_worker_num > 1,
-        "--use-ray: SGLang's Ray engine loads no plugins; run whole workers under Ray instead": settings.use_ray,
-        "--enable-http2: the link needs SGLang's uvicorn server; put HTTP/2 in front of the router": (
-            settings.enable_http2
-        ),
-        "--grpc-mode or --smg-grpc-mode: the link calls SGLang's HTTP handlers": (
-            settings.smg_grpc_mode or settings.grpc_mode
-        ),
-        "--encoder-only: an encoder does not prefill": settings.encoder_only,
-    }
-    for reason, applies in refusals.items():
-        if applies:
-            raise BadInput(f"a FlowPrefill prefill worker cannot run with {reason}")
-
-
 class _LinkOnTheServersLoop:
-    """Ties the link's life to the server's: it starts once SGLang is warm and ends before the server does."""
+    """Ties the lives of the link and of the event feed to the server's: the feed's is the server's own, the link starts
+    once SGLang is warm and ends before the server does."""
 
-    def __init__(self, config: WorkerConfig, app: AsgiApp) -> None:
+    def __init__(self, config: WorkerConfig, app: AsgiApp, feed: EventFeed) -> None:
         self._config = config
         self._app = app
+        self._feed = feed
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = asyncio.Event()
         self.failure: FlowPrefillError | None = None
@@ -124,12 +136,15 @@ class _LinkOnTheServersLoop:
         async def with_link(app: Any) -> AsyncIterator[Any]:
             self._loop = asyncio.get_running_loop()
             async with lifespan(app) as state:
+                count_metrics(self._feed)
+                self._feed.open()
                 task = self._loop.create_task(self._serve_link(), name="flowprefill-link")
                 try:
                     yield state
                 finally:
                     task.cancel()
                     await asyncio.wait([task])
+                    self._feed.close()
 
         return with_link
 
@@ -139,7 +154,7 @@ class _LinkOnTheServersLoop:
         await self._ready.wait()
         engine = SGLangEngine(self._app)
         try:
-            await Link(self._config, engine).run()
+            await Link(self._config, engine, self._feed).run()
         except FlowPrefillError as error:
             self.failure = error
         except Exception as error:

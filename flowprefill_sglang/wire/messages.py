@@ -11,10 +11,13 @@ Compatibility: new fields have defaults and go last; a new message gets a new ta
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 PROTOCOL_VERSION = 1
+MAX_CLASS_CHARACTERS = 64
 
 
 class Phase(StrEnum):
@@ -144,7 +147,15 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
     headers: list[tuple[str, str]] = []
     """Headers to pass on (identity, tracing, authorization); names in lower case."""
     age_s: float = 0.0
-    """How long ago the router received the request."""
+    """Time from the router's receipt of the whole request until this message was sent, over all attempts; the time that
+    the message itself takes is not in it."""
+    ttft_slo_s: Annotated[float, Meta(gt=0)] | None = None
+    """The TTFT objective, from that receipt: the first token is due ``ttft_slo_s - age_s`` after this message arrived.
+    None from routers that know of no objectives."""
+    slo_class: Annotated[str, Meta(max_length=MAX_CLASS_CHARACTERS)] = ""
+    """The class that the router counts the request under; a label, which decides nothing by itself."""
+    priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    """The client's: breaks ties, higher first. None when it gave none. SGLang's own ``priority`` is in the body."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

@@ -53,13 +53,15 @@ MAY_IMPORT_ENGINE: dict[str, tuple[str, ...]] = {
     "flashinfer": ("kernels/",),
     "torch": ("integration/", "kv/", "kernels/", "prefill_worker/"),
     "safetensors": ("workload/tiny_model.py",),
+    "psutil": ("integration/",),
+    "matplotlib": ("bench/",),  # the extra "plot"
 }
 """Third-party packages that stay behind a seam, and the path prefixes below the package where they may be imported.
 
 They come with SGLang and not with our own dependencies, so a router runs without them.
 """
 
-MODULE_OF = {"pyzmq": "zmq"}
+MODULE_OF = {"pyzmq": "zmq", "prometheus-client": "prometheus_client"}
 """Import name of a distribution, where it is another one."""
 
 LONG_MODULE_LINES = 400

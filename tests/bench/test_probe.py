@@ -33,7 +33,7 @@ def test_a_listing_without_a_model(models: Any) -> None:
 
 
 def test_no_server() -> None:
-    with pytest.raises(PeerFault, match=r"no model list from http://127\.0\.0\.1:1/v1/models"):
+    with pytest.raises(PeerFault, match=r"nothing from http://127\.0\.0\.1:1/v1/models"):
         asyncio.run(fetch_model("http://127.0.0.1:1"))
 
 

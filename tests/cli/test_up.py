@@ -85,10 +85,16 @@ def test_until_ctrl_c(stand_in: type[StandInCluster], tmp_path: Path, capsys: py
     assert not stand_in.ready_file.exists()
     assert (cluster.stopped, cluster.kept_logs) == (1, False)
     assert cluster.spec.sglang_arguments == ("--tp-size", "2")
+    assert cluster.spec.prefill_arguments == ("--prefill-scheduler", "flowprefill")
     printed = capsys.readouterr().out
     assert "curl http://127.0.0.1:1/generate" in printed
     assert "Bearer KEY" in printed
     assert "secret" not in printed
+
+
+def test_the_prefill_workers_have_flags_of_their_own(stand_in: type[StandInCluster]) -> None:
+    assert run("--prefill-scheduler", "stock", "--prefill-args", "--scheduler-policy sedf") == 0
+    assert stand_in.made[0].spec.prefill_arguments == ("--prefill-scheduler", "stock", "--scheduler-policy", "sedf")
 
 
 def test_the_ready_file_is_what_scripts_expect(tmp_path: Path) -> None:

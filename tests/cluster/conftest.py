@@ -16,6 +16,7 @@ import pytest
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing.clusters import CHUNK_TOKENS, CONTEXT_TOKENS, PAGE_TOKENS, Cluster, answers, wait_until
+from flowprefill_testing.direct import DirectWorkers, Pair
 
 STRICT = {
     # SGLang then counts every KV slot, lock and request row whenever it is idle, and stops when one has leaked.
@@ -88,6 +89,29 @@ def cluster(_servers: tuple[Cluster, str]) -> Cluster:
 def stock_url(_servers: tuple[Cluster, str]) -> str:
     """One stock SGLang engine, not disaggregated: no chunks, pages of one token."""
     return _servers[1]
+
+
+@pytest.fixture(scope="session")
+def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
+    """Two more prefill workers, which no router knows. They share the cluster's decode instance."""
+    sizes = {"roomy": ["--max-total-tokens", "40000"], "tight": ["--max-total-tokens", "6600"]}
+    sizes["tight"] += ["--chunked-prefill-size", "1024"]
+    with DirectWorkers(model_path, cluster.log_dir, STRICT) as workers:
+        for name, flags in sizes.items():
+            workers.start(name, flags)
+        yield {name: workers.pair(name, cluster.workers["decode-0"]["url"]) for name in sizes}
+
+
+@pytest.fixture(scope="session")
+def roomy(_direct: dict[str, Pair]) -> Pair:
+    """A prefill worker that computes every prompt in one forward pass, and has memory for many."""
+    return _direct["roomy"]
+
+
+@pytest.fixture(scope="session")
+def tight(_direct: dict[str, Pair]) -> Pair:
+    """A prefill worker with 6,600 KV slots, which computes a prompt in chunks of 1,024 tokens."""
+    return _direct["tight"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from flowprefill_sglang.errors import InternalError, PeerFault
 from flowprefill_sglang.integration import engine, serve
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 
 CONFIG = WorkerConfig(router="tcp://127.0.0.1:1", name="w")
 
@@ -42,7 +44,7 @@ async def lifespan(app: object) -> AsyncIterator[dict[str, int]]:
     [(PeerFault("SGLang answered 500"), PeerFault), (KeyError("port"), InternalError)],
 )
 def test_a_worker_without_a_link_stops(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, kind: type[Exception]
 ) -> None:
     class Fresh(StandInEngine):
         pass
@@ -51,7 +53,7 @@ def test_a_worker_without_a_link_stops(
     monkeypatch.setattr(engine, "SGLangEngine", Fresh)
 
     async def scenario() -> serve._LinkOnTheServersLoop:
-        link = serve._LinkOnTheServersLoop(CONFIG, object())
+        link = serve._LinkOnTheServersLoop(CONFIG, object(), EventFeed(f"ipc://{tmp_path}/events"))
         async with link.around(lifespan)(object()) as state:
             assert state == {"state": 1}
             await asyncio.to_thread(link.server_is_ready)
@@ -65,12 +67,13 @@ def test_a_worker_without_a_link_stops(
     assert Fresh.last.stopped, "nobody would send it anything"
 
 
-def test_a_server_that_ends_before_it_is_ready_ends_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ends_before_it_is_ready_ends_the_link_and_the_feed(tmp_path: Path) -> None:
     async def scenario() -> set[asyncio.Task]:
-        link = serve._LinkOnTheServersLoop(CONFIG, object())
+        link = serve._LinkOnTheServersLoop(CONFIG, object(), EventFeed(f"ipc://{tmp_path}/events"))
         async with link.around(lifespan)(object()):
             pass
         assert link.failure is None
+        assert link._feed._context is None
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(scenario()) == set()

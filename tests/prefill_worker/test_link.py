@@ -1,16 +1,30 @@
 """The link against a real ZeroMQ ROUTER socket and an engine made of plain Python."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import zmq
 import zmq.asyncio
 
 from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.observe.events import (
+    Event,
+    Outcome,
+    RequestArrived,
+    RequestEnded,
+    TaskPreempted,
+    TaskResumed,
+    TaskStarted,
+)
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.link import Link, names
+from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
 from flowprefill_sglang.wire.framing import decode_from_worker, encode
 from flowprefill_sglang.wire.messages import (
     PROTOCOL_VERSION,
@@ -23,6 +37,8 @@ from flowprefill_sglang.wire.messages import (
     Hello,
     HelloAgain,
     Limits,
+    Phase,
+    Progress,
     Refused,
     Welcome,
 )
@@ -39,8 +55,10 @@ class PlainEngine:
         self.released = asyncio.Event()
         self.cancelled = 0
         self.stopping = False
+        self.received_at: dict[str, float] = {}
 
-    async def request(self, path, headers, body, disconnected):
+    async def request(self, dispatch, received_at, body, disconnected):
+        self.received_at[dispatch.rid] = received_at
         if b"hold" in bytes(body):
             try:
                 await self.released.wait()
@@ -52,7 +70,7 @@ class PlainEngine:
             return 400, "application/json", b"aborted inside"
         if bytes(body) == b"crash":
             raise ValueError("the engine broke")
-        return 200, "text/plain", path.encode() + b" " + bytes(body)
+        return 200, "text/plain", dispatch.path.encode() + b" " + bytes(body)
 
     def abort(self, rids):
         self.aborted += rids
@@ -114,11 +132,13 @@ class Router:
 
 
 @asynccontextmanager
-async def linked(*, join: bool = True) -> AsyncIterator[tuple[Router, PlainEngine, asyncio.Task]]:
+async def linked(
+    *, join: bool = True, feed: EventFeed | None = None, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[tuple[Router, PlainEngine, asyncio.Task]]:
     context = zmq.asyncio.Context()
     router, engine = Router(context), PlainEngine()
     config = WorkerConfig(router=f"tcp://127.0.0.1:{router.port}", name="w0", hello_retry_s=0.05)
-    task = asyncio.create_task(Link(config, engine).run())
+    task = asyncio.create_task(Link(config, engine, feed, clock).run())
     try:
         hello, _ = await router.receive(Hello)
         assert hello.name == "w0"
@@ -139,6 +159,89 @@ def test_dispatch_is_answered_with_what_the_engine_said() -> None:
             answer, (body,) = await router.receive(Answer)
             assert (answer.rid, answer.status, answer.content_type) == ("a", 200, "text/plain")
             assert body == b"/generate hi"
+
+    asyncio.run(scenario())
+
+
+def test_a_requests_age_is_counted_back_from_its_receipt() -> None:
+    async def scenario() -> None:
+        async with linked(clock=lambda: 1000.0) as (router, engine, _):
+            await router.send(Dispatch(rid="a", path="/generate", age_s=0.25), b"hi")
+            await router.receive(Answer)
+            await router.send(Dispatch(rid="b", path="/generate", age_s=-5.0), b"hi")
+            await router.receive(Answer)
+            assert engine.received_at == {"a": 999.75, "b": 1000.0}, "nobody can have received it in the future"
+
+    asyncio.run(scenario())
+
+
+def started(*rids: str) -> Event:
+    return TaskStarted(
+        at=1, task=1, rids=list(rids), new_tokens=1, cached_tokens=0, predicted_s=0.1, deadline_at=math.inf
+    )
+
+
+def preempted(*rids: str) -> Event:
+    return TaskPreempted(at=2, task=1, rids=list(rids), victim_class="a", by_class="b", blocking_s=0.001)
+
+
+def resumed(*rids: str) -> Event:
+    return TaskResumed(at=3, task=1, rids=list(rids), suspended_s=1)
+
+
+def test_what_the_scheduler_does_is_told_to_the_router(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        endpoint = f"ipc://{tmp_path}/events"
+        feed, reporter = EventFeed(endpoint), SchedulerReporter(endpoint)
+        feed.open()
+        try:
+            async with linked(feed=feed) as (router, _, _):
+                await router.send(Dispatch(rid="a", path="/generate"), WAIT)
+                await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+                for event in (started("a", "stranger"), preempted("a", "stranger"), resumed("a", "stranger")):
+                    reporter.record(event)
+                reporter.flush()
+                for phase in (Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED):
+                    progress, _ = await router.receive(Progress, lambda told: told.phase != Phase.QUEUED)
+                    assert progress == Progress(rid="a", phase=phase)
+        finally:
+            reporter.close()
+            feed.close()
+
+    asyncio.run(scenario())
+
+
+def test_prompts_of_a_batch_speak_for_their_dispatch_until_they_end(tmp_path: Path) -> None:
+    def arrived(rid: str) -> Event:
+        return RequestArrived(at=1, rid=rid, tokens=1, slo_class="", received_at=1, deadline_at=2, dispatch_rid="batch")
+
+    def ended(rid: str) -> Event:
+        return RequestEnded(at=1, rid=rid, outcome=Outcome.PREFILLED, slo_class="", first_token_s=1, is_in_time=True)
+
+    async def scenario() -> None:
+        endpoint = f"ipc://{tmp_path}/events"
+        feed, reporter = EventFeed(endpoint), SchedulerReporter(endpoint)
+        feed.open()
+        try:
+            async with linked(feed=feed) as (router, _, _):
+                await router.send(Dispatch(rid="batch", path="/generate"), b'{"rid": ["b0", "b1"], "text": "wait"}')
+                await router.send(Dispatch(rid="last", path="/generate"), WAIT)
+                await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 2)
+                for event in (
+                    *(arrived("b0"), arrived("b1"), started("b0"), preempted("b0"), started("b1")),
+                    *(ended("b0"), ended("b1"), preempted("b1"), started("last")),
+                ):
+                    reporter.record(event)
+                reporter.flush()
+                told = []
+                while not told or told[-1].rid != "last":
+                    told.append((await router.receive(Progress, lambda told: told.phase != Phase.QUEUED))[0])
+                phases = [message.phase for message in told[:-1]]
+                assert {message.rid for message in told[:-1]} == {"batch"}
+                assert phases == [Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED], "one that has ended is forgotten"
+        finally:
+            reporter.close()
+            feed.close()
 
     asyncio.run(scenario())
 

@@ -88,6 +88,28 @@ def test_a_failed_request_is_reported_as_failed() -> None:
     assert Progress(rid="a", phase=Phase.FAILED) in sent(session.answered("a", 400, "application/json", b""))
 
 
+@pytest.mark.parametrize(
+    ("happened", "told"),
+    [
+        ("started preempted resumed preempted resumed", "started preempted resumed preempted resumed"),
+        ("started started started", "started"),  # chunks of one prompt, or prompts of one batch
+        ("started preempted preempted resumed resumed", "started preempted resumed"),
+        ("started preempted started", "started preempted resumed"),  # another prompt of the batch
+        ("preempted started", "started"),  # the record of the first start was lost
+        ("resumed", "resumed"),
+    ],
+)
+def test_the_router_is_told_each_change_once(happened: str, told: str) -> None:
+    session = joined_session()
+    session.receive(Dispatch(rid="a", path="/generate"), (b"",), 1.0)
+    actions = [action for word in happened.split() for action in session.progressed("a", Phase(word))]
+    assert [message.phase for message in sent(actions)] == told.split()
+    session.answered("a", 200, "application/json", b"")
+    assert session.progressed("a", Phase.RESUMED) == [], "it has been answered"
+    session.receive(Dispatch(rid="a", path="/generate"), (b"",), 2.0)
+    assert sent(session.progressed("a", Phase.STARTED)) == [Progress(rid="a", phase=Phase.STARTED)]
+
+
 def test_the_same_request_twice_runs_once() -> None:
     session = joined_session()
     session.receive(Dispatch(rid="a", path="/generate"), (b"",), 1.0)
@@ -211,6 +233,7 @@ EVENTS = st.one_of(
         ),
     ),
     st.tuples(st.just("answered"), RIDS),
+    st.tuples(st.sampled_from([Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED]), RIDS),
     st.tuples(st.just("tick"), st.floats(0.0, 5.0)),
     st.tuples(st.just("drain"), st.just(None)),
     st.tuples(st.just("leave"), st.just(None)),
@@ -228,6 +251,9 @@ def test_every_accepted_request_ends_exactly_once(events: list) -> None:
             actions = session.receive(value, (b"",) if isinstance(value, Dispatch) else (), now)
         elif kind == "answered":
             actions = session.answered(value, 200, "application/json", b"")
+        elif isinstance(kind, Phase):
+            actions = session.progressed(value, kind)
+            assert value in open_rids or not actions, "the router would not know it"
         elif kind == "tick":
             now += value
             actions = session.tick(now)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.router.objectives import NOTHING_ASKED
 from flowprefill_sglang.router.pd_fields import MAX_BATCH, ParsedRequest, parse, rids, with_pd_fields
 
 OWN = ("rid", "bootstrap_host", "bootstrap_port", "bootstrap_room")
@@ -20,10 +21,12 @@ def read(body: dict[str, Any], path: str = "/generate") -> ParsedRequest:
     return parse(path, json.dumps(body).encode())
 
 
-def sent(body: dict[str, Any], path: str = "/generate") -> dict[str, Any]:
+def sent(body: dict[str, Any], path: str = "/generate", priority: int | None = None) -> dict[str, Any]:
     request = read(body, path)
     rooms = itertools.count(100)
-    raw = with_pd_fields(request, rids(request, "own"), host="h", port=7, new_room=lambda: next(rooms))
+    raw = with_pd_fields(
+        request, rids(request, "own"), host="h", port=7, new_room=lambda: next(rooms), priority=priority
+    )
     pairs = json.loads(raw, object_pairs_hook=list)
     assert len({key for key, _ in pairs}) == len(pairs), "a key twice: which one counts depends on the parser"
     return {key: dict(value) if _is_object(value) else value for key, value in pairs}
@@ -81,6 +84,20 @@ def test_batches(body: dict[str, Any], path: str, batch: int | None) -> None:
         assert result["rid"] == [f"own_{index}" for index in range(batch)]
         assert result["bootstrap_room"] == list(range(100, 100 + batch))
         assert result["bootstrap_host"] == ["h"] * batch
+
+
+def test_the_fields_of_the_terms_stay_in_the_body_and_are_shown_undecoded() -> None:
+    body = {"text": "x", "ttft_slo_ms": 250, "service_tier": "te\u0078t", "priority": -3}
+    assert {key: value for key, value in sent(body).items() if key not in OWN} == body
+    terms = read(body).terms
+    assert (terms.ttft_slo_ms, terms.service_tier, terms.priority) == (b"250", b'"text"', b"-3")
+    assert read({"text": "x"}).terms is NOTHING_ASKED
+
+
+@pytest.mark.parametrize("body", [{"text": "x"}, {"text": "x", "priority": 1}, {"text": ["x", "y"], "priority": None}])
+def test_a_headers_priority_takes_the_bodys_place(body: dict[str, Any]) -> None:
+    assert sent(body, priority=7)["priority"] == 7
+    assert sent(body).get("priority") == body.get("priority")
 
 
 def test_several_samples_become_a_batch_with_a_room_each() -> None:

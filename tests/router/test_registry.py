@@ -56,6 +56,24 @@ def test_hello_is_welcomed_and_makes_ready() -> None:
     assert [worker.name for worker in one.ready()] == ["a"]
 
 
+def test_suspensions_are_counted_by_the_class_of_the_suspended_request() -> None:
+    one = joined("a")
+    one.assign("a", Dispatch(rid="1", path="/generate", slo_class="file"), tokens=10, now=0.0)
+    for rid, phase in (
+        ("1", Phase.STARTED),
+        ("1", Phase.PREEMPTED),
+        ("unknown", Phase.PREEMPTED),
+        ("1", Phase.RESUMED),
+    ):
+        one.on_message(b"a", Progress(rid=rid, phase=phase), 0.0)
+    assert one.workers["a"].assigned["1"].phase is Phase.RESUMED
+    assert one.preemptions == {"file": 1}
+    one.on_message(b"a", Progress(rid="1", phase=Phase.PREEMPTED), 0.0)
+    one.on_message(b"a", Answer(rid="1", status=200), 0.0)
+    one.on_message(b"a", Progress(rid="1", phase=Phase.PREEMPTED), 0.0)
+    assert one.preemptions == {"file": 2}
+
+
 def test_another_protocol_version_is_refused_and_not_listed() -> None:
     one = registry()
     (message,) = sent(one.on_message(b"a", hello("a", protocol=PROTOCOL_VERSION + 1), 0.0))

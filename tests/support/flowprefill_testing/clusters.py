@@ -41,6 +41,7 @@ def wait_until(
     process: subprocess.Popen | None = None,
     log: Path | None = None,
     timeout_s: float = START_TIMEOUT_S,
+    pause_s: float = 0.1,
 ) -> None:
     """Wait for a condition; fail when it does not come true, or when the process it depends on has ended."""
     deadline = time.monotonic() + timeout_s
@@ -51,7 +52,7 @@ def wait_until(
         if time.monotonic() > deadline:
             tail = log.read_text(errors="replace")[-4_000:] if log else ""
             pytest.fail(f"not true after {timeout_s:.0f} s: {condition}\n{tail}")
-        time.sleep(0.1)
+        time.sleep(pause_s)
 
 
 def answers(url: str) -> bool:

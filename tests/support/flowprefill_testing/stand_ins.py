@@ -286,15 +286,20 @@ class TestBench:
 
     def outcomes(self) -> dict[str, int]:
         assert self.router.dispatcher is not None
-        return {str(outcome): count for outcome, count in self.router.dispatcher.outcomes.items()}
+        return {str(outcome): count for outcome, count in self.router.dispatcher.metrics.outcomes.items()}
+
+    def is_idle_at_router(self) -> bool:
+        """No request is running or queued, whatever workers may still hold."""
+        core = self.router.dispatcher
+        assert core is not None
+        return not core.running and core.admission.inside == core.admission.waiting == 0
 
     def is_idle(self) -> bool:
         """Nothing is running, queued or owed by a worker."""
         core = self.router.dispatcher
         assert core is not None
         return (
-            not core.running
-            and core.admission.inside == core.admission.waiting == 0
+            self.is_idle_at_router()
             and not any(worker.assigned or worker.outstanding_tokens for worker in core.links.registry.workers.values())
             and not any(one.in_flight or one.outstanding_tokens for one in core.decodes.registry.instances.values())
             and not core.links.waiting_answers

@@ -1,0 +1,183 @@
+"""What the scheduling rules of docs/scheduling.md were chosen by, and how long a round takes. No worker, no GPU.
+
+Three parts: one preemptive machine in simulation under the aging limits, the same with batches, and the processor time
+of a whole round (aging, policy, batch) over queues of 10, 100 and 1,000.
+
+    python benchmarks/scheduling.py --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, quantiles
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from results_file import write_result
+
+from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
+from flowprefill_sglang.core.batching import BatchLimits, fill_batch
+from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.policies import POLICIES, Policy, sedf
+from flowprefill_sglang.core.prefill_cost import CostModel, Extent
+from flowprefill_testing.single_machine import Decide, JobClass, Run, draw, serve
+
+MODEL = CostModel(base_s=0.012, short_token_s=0.0, long_token_s=4.5e-5, knee_tokens=256, pair_s=7e-10, request_s=2e-4)
+"""Of the shape of a model of 8 billion parameters on a large GPU; not a measurement."""
+SHORT_PROMPTS = (
+    JobClass(objective_s=0.1, median=60, share=0.7),
+    JobClass(objective_s=0.25, median=200, share=0.2),
+    JobClass(objective_s=4.0, median=2000, share=0.1),
+)
+MIXED_PROMPTS = (
+    JobClass(objective_s=0.25, median=200, share=0.5),
+    JobClass(objective_s=0.5, median=600, share=0.2),
+    JobClass(objective_s=4.0, median=4000, share=0.2),
+    JobClass(objective_s=6.0, median=12000, share=0.1),
+)
+SPANS_S = {"burst": 0.2, "mixed": 6.0, "backlog": 120.0}
+"""Over how long the queue of a timed round has arrived."""
+
+
+def aged(policy: Policy, limits: AgingLimits) -> Decide:
+    promotions, decide = Promotions(limits, now=0.0), with_aging(policy)
+
+    def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        promotions.promote(candidates, now)
+        return decide(candidates, now)
+
+    return round_
+
+
+def summary(runs: list[Run]) -> dict[str, float]:
+    return {
+        "attainment": round(mean(run.attainment for run in runs), 4),
+        "mean_ttft_s": round(mean(run.mean_ttft_s for run in runs), 3),
+        "longest_ttft_s": round(max(one.ttft_s for run in runs for one in run.served), 1),
+    }
+
+
+def aging_rows(seeds: range, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for load in (0.8, 0.9, 1.2):
+        workloads = [draw(seed, load=load, count=count) for seed in seeds]
+        for name, policy in POLICIES.items():
+            rows.append({"part": "aging", "load": load, "policy": name, "max_share": 0.0})
+            rows[-1] |= summary([serve(jobs, policy) for jobs in workloads])
+        for share in (0.02, 0.05, 0.1, 0.2, 1.0):
+            rows.append({"part": "aging", "load": load, "policy": "feasible", "max_share": share})
+            limits = AgingLimits(max_share=share)
+            rows[-1] |= summary([serve(jobs, aged(POLICIES["feasible"], limits)) for jobs in workloads])
+    return rows
+
+
+def batching_rows(seeds: range, count: int) -> list[dict[str, Any]]:
+    return [
+        {"part": "batching", "prompts": prompts, "load": load, "policy": policy, "max_new_tokens": budget, "join": join}
+        | summary([serve_in_batches(seed, load, count, classes, policy, budget, join) for seed in seeds])
+        for prompts, classes in (("short", SHORT_PROMPTS), ("mixed", MIXED_PROMPTS))
+        for load in (0.9, 2.0, 3.0)
+        for policy in ("sedf", "feasible")
+        for budget, join in ((1, "policy"), (512, "sedf"), (2048, "sedf"), (2048, "policy"), (4096, "sedf"))
+    ]
+
+
+def serve_in_batches(
+    seed: int, load: float, count: int, classes: Sequence[JobClass], name: str, budget: int, join: str
+) -> Run:
+    lengths: list[int] = []
+
+    def work_s_of(tokens: float) -> float:
+        lengths.append(max(8, int(tokens)))
+        return MODEL.seconds([Extent(lengths[-1])])
+
+    jobs = draw(seed, load=load, count=count, classes=classes, work_s_of=work_s_of)
+
+    def gather(head: Candidate, present: Sequence[Candidate], now: float) -> tuple[list[Candidate], float]:
+        batch = fill_batch(
+            head,
+            sedf(present, now) if join == "sedf" else POLICIES[name](present, now),
+            now,
+            extent_of=lambda one: Extent(lengths[one.key]) if one.standing is Standing.WAITING else None,
+            predict=MODEL.seconds,
+            kv_room_tokens=1 << 30,
+            limits=BatchLimits(max_new_tokens=budget),
+        )
+        return batch.members, batch.predicted_s
+
+    return serve(jobs, POLICIES[name], gather)
+
+
+def queue(count: int, seed: int, span_s: float, now: float) -> tuple[list[Candidate], list[Extent]]:
+    source = random.Random(seed)
+    candidates, extents = [], []
+    for key in range(count):
+        [one] = source.choices(MIXED_PROMPTS, [each.share for each in MIXED_PROMPTS])
+        extents.append(Extent(max(8, int(source.lognormvariate(0, 0.8) * one.median))))
+        arrived_at = now - source.random() * span_s
+        seconds = MODEL.seconds(extents[-1:])
+        candidates.append(
+            Candidate(key=key, arrived_at=arrived_at, deadline_at=arrived_at + one.objective_s, remaining_s=seconds)
+        )
+    return sorted(candidates, key=Candidate.order), extents
+
+
+def round_rows(rounds: int) -> list[dict[str, Any]]:
+    return [
+        {"part": "round", "queue": name, "waiting": count, "policy": policy} | round_time(policy, count, span_s, rounds)
+        for name, span_s in SPANS_S.items()
+        for count in (10, 100, 1000)
+        for policy in POLICIES
+    ]
+
+
+def round_time(policy: str, count: int, span_s: float, rounds: int) -> dict[str, float]:
+    """Milliseconds, by the thread's own clock and by the wall's."""
+    now, limits, decide = 1000.0, BatchLimits(), with_aging(POLICIES[policy])
+    thread_ms, wall_ms = [], []
+    for seed in range(rounds):
+        candidates, extents = queue(count, seed % 10, span_s, now)
+        promotions = Promotions(AgingLimits(), now)
+        extent_of = partial(lambda extents, one: extents[one.key], extents)
+        thread, wall = time.thread_time_ns(), time.perf_counter_ns()
+        promotions.promote(candidates, now)
+        head = decide(candidates, now)[0]
+        joiners = sedf(candidates, now)
+        fill_batch(
+            head, joiners, now, extent_of=extent_of, predict=MODEL.seconds, kv_room_tokens=1 << 30, limits=limits
+        )
+        thread_ms.append((time.thread_time_ns() - thread) / 1e6)
+        wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
+    return {
+        f"{clock}_{name}_ms": round(quantiles(values, n=100, method="inclusive")[percent - 1], 4)
+        for clock, values in (("thread", thread_ms), ("wall", wall_ms))
+        for name, percent in (("p50", 50), ("p99", 99))
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
+    rows = round_rows(arguments.rounds)
+    rows += aging_rows(seeds, arguments.requests) + batching_rows(seeds, arguments.requests)
+    for row in rows:
+        print(*(f"{key} {value}" for key, value in row.items()))
+    if arguments.json is not None:
+        write_result(arguments.json, seed=0, measured={"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

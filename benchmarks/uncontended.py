@@ -1,0 +1,165 @@
+"""What FlowPrefill costs when nothing contends: throughput of back-to-back prefills, over stock SGLang's.
+
+Two live workers take turns in pairs, in alternating order. Each time some prompts of one length, none sharing a prefix,
+queue up behind another one, so that they are all there when their turn comes; each is computed alone
+(``--prefill-max-requests 1`` on both sides), so that both do the same work. Two times are taken from the worker's own
+events, without HTTP:
+
+* ``back_to_back_s``: from the end of the one in front to the end of the last one. The loop between the forwards is part
+  of it: results, handoffs, batches, rounds.
+* ``forwards_s``: inside the forwards alone: boundaries, greenlets, state.
+
+Throughput ratio: stock's time over ours, median of the pairs; 1 is no cost at all.
+
+    python benchmarks/uncontended.py --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from live_workers import LiveWorker, LiveWorkers, bench_model, flowprefill, stock
+from results_file import write_result
+
+from flowprefill_sglang.bench.client import replay
+from flowprefill_sglang.bench.endpoints import ENDPOINTS
+from flowprefill_sglang.bench.objectives import unscaled_objectives
+from flowprefill_sglang.bench.plan import plan_requests
+from flowprefill_sglang.bench.report import percentile
+from flowprefill_sglang.observe.events import TaskFinished, TaskPreempted
+from flowprefill_sglang.workload.trace import TraceRequest
+
+ALONE = ("--prefill-max-requests", "1", "--chunked-prefill-size", "-1")
+OURS, STOCK = flowprefill("feasible", *ALONE), stock("stock", *ALONE)
+OBJECTIVES = unscaled_objectives(500)
+"""Nobody is urgent: the order is that of arrival on both sides."""
+FRONT_TOKENS = 2_048
+MEASURES = ("back_to_back_s", "forwards_s")
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="128,1024,4096")
+    parser.add_argument("--pairs", type=int, default=30, help="for each length")
+    parser.add_argument("--group-tokens", type=int, default=8_192, help="about so many tokens go in a row")
+    parser.add_argument("--layers", type=int, default=None, help="of the model")
+    parser.add_argument("--seconds", type=float, default=210, help="no pair begins after this")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log-dir", type=Path)
+    parser.add_argument("--quick", action="store_true", help="smoke run: three pairs")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    options = parser.parse_args()
+    if options.quick:
+        options.pairs = 3
+    model, shape = bench_model(options.layers)
+    rows, is_pinned = asyncio.run(measure(options, model))
+    summaries = summarize(rows)
+    for row in summaries:
+        print(row)
+    if options.json:
+        measured = {"model": asdict(shape), "pinned": is_pinned, "summary": summaries, "rows": rows}
+        write_result(options.json, seed=options.seed, measured=measured)
+    return 0
+
+
+async def measure(options: argparse.Namespace, model: Path) -> tuple[list[dict[str, Any]], bool]:
+    """A row for each group of prompts; groups with the same pair number belong together."""
+    rng = random.Random(options.seed)
+    lengths = [int(length) for length in options.lengths.split(",")]
+    rows: list[dict[str, Any]] = []
+    async with LiveWorkers(model, [OURS, STOCK], log_dir=options.log_dir) as live:
+        deadline_at = time.monotonic() + options.seconds
+        for pair in range(-1, options.pairs):  # the first one warms up
+            for length in lengths:
+                if time.monotonic() > deadline_at:
+                    print(f"out of time after {pair} pairs", flush=True)
+                    return rows, live.is_pinned
+                count = max(2, min(10, options.group_tokens // length))
+                order = [OURS.name, STOCK.name] if pair % 2 else [STOCK.name, OURS.name]
+                for name in order:
+                    found = await one_group(live[name], length, count, rng.randrange(1 << 30))
+                    if pair >= 0:
+                        rows.append({"pair": pair, "worker": name, "tokens": length, "prompts": count} | found)
+        return rows, live.is_pinned
+
+
+async def one_group(worker: LiveWorker, length: int, count: int, seed: int) -> dict[str, Any]:
+    """Times of one group. Raises RuntimeError when it was not computed as meant."""
+    front = TraceRequest(arrival_s=0.0, input_tokens=FRONT_TOKENS, output_tokens=1, class_name="file")
+    # Later than the one in front, so that it is in front; all of them long before it has ended.
+    prompts = [
+        TraceRequest(arrival_s=0.02, input_tokens=length, output_tokens=1, class_name="file") for _ in range(count)
+    ]
+    plan = plan_requests(
+        [front, *prompts],
+        run_id=f"uncontended-{uuid.uuid4().hex[:12]}",
+        seed=seed,
+        endpoint=ENDPOINTS["generate"],
+        model="",
+        objectives=OBJECTIVES,
+    )
+    began_at = time.monotonic()
+    for record in await replay(worker.url, plan, timeout_s=120):
+        if record.error is not None:
+            raise RuntimeError(f"{worker.name}: {record.rid} failed: {record.error}")
+    await worker.drained()
+    recording = await worker.timeline(time.monotonic() - began_at + 0.5)
+    events = [event for event in recording.events if event.at >= began_at]
+    tasks = sorted((e for e in events if isinstance(e, TaskFinished)), key=lambda e: e.at)
+    if [task.new_tokens for task in tasks] != [FRONT_TOKENS, *[length] * count]:
+        raise RuntimeError(f"{worker.name}: not one forward a prompt: {[task.new_tokens for task in tasks]}")
+    if any(isinstance(event, TaskPreempted) for event in events):
+        raise RuntimeError(f"{worker.name}: something was preempted although nothing is urgent")
+    return {
+        "back_to_back_s": round(tasks[-1].at - tasks[0].at, 6),
+        "forwards_s": round(sum(task.executed_s for task in tasks[1:]), 6),
+    }
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each length and measure: the median of the pairs' ratios, their quartiles and range."""
+    summaries = []
+    for length in sorted({row["tokens"] for row in rows}):
+        times: dict[tuple[int, str], dict[str, Any]] = {
+            (row["pair"], row["worker"]): row for row in rows if row["tokens"] == length
+        }
+        whole = [pair for pair, name in times if name == OURS.name and (pair, STOCK.name) in times]
+        for measure_name in MEASURES:
+            ratios = [times[p, STOCK.name][measure_name] / times[p, OURS.name][measure_name] for p in whole]
+            ours = sorted(times[p, OURS.name][measure_name] for p in whole)
+            theirs = sorted(times[p, STOCK.name][measure_name] for p in whole)
+            prompts = times[whole[0], OURS.name]["prompts"]
+            summaries.append(
+                {
+                    "tokens": length,
+                    "measure": measure_name,
+                    "pairs": len(ratios),
+                    "throughput_ratio": {
+                        "median": round(percentile(ratios, 50), 4),
+                        "p25": round(percentile(ratios, 25), 4),
+                        "p75": round(percentile(ratios, 75), 4),
+                        "min": round(min(ratios), 4),
+                        "max": round(max(ratios), 4),
+                    },
+                    # The fastest of each is the least disturbed by the machine.
+                    "ratio_of_fastest": round(theirs[0] / ours[0], 4),
+                    "ours_ms_per_prompt": round(1_000 * percentile(ours, 50) / prompts, 3),
+                    "stock_ms_per_prompt": round(1_000 * percentile(theirs, 50) / prompts, 3),
+                }
+            )
+    return summaries
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Who joins the request that runs next: SLO-aware batching (arXiv 2602.16603), as a pure function.
+
+The forward pass of one short prompt takes nearly as long as that of several, so small waiting requests join the head,
+under a budget of new tokens, while the predicted time of the joint batch leaves the head a part ``alpha`` of its
+objective. A prompt that alone fills the budget runs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+
+from flowprefill_sglang.core.candidate import Candidate
+from flowprefill_sglang.core.prefill_cost import Extent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    max_new_tokens: int = 2048
+    """Of the whole batch. Beyond a few hundred tokens a batch saves little and everyone in it waits for its end."""
+    max_requests: int = 64
+    alpha: float = 0.1
+    """Part of its objective that stays unspent for each request of the batch that is on time (the paper's value)."""
+    max_considered: int = 64
+    """How many of the others are looked at, which bounds a round whatever the queue."""
+    page_tokens: int = 1
+    """KV is handed out in pages of so many tokens, and each request takes whole ones."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_new_tokens, self.max_requests, self.page_tokens) < 1:
+            raise ValueError(f"max_new_tokens, max_requests and page_tokens must be positive: {self}")
+        if self.max_considered < 0 or not 0 <= self.alpha < 1:
+            raise ValueError(f"max_considered must not be negative, alpha must be in [0, 1): {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What runs as one task."""
+
+    members: list[Candidate]
+    """The head first, the others in the order in which they joined."""
+    extents: list[Extent]
+    """One for each member."""
+    predicted_s: float
+
+
+def fill_batch(
+    head: Candidate,
+    others: Iterable[Candidate],
+    now: float,
+    *,
+    extent_of: Callable[[Candidate], Extent | None],
+    predict: Callable[[Sequence[Extent]], float],
+    kv_room_tokens: int,
+    limits: BatchLimits,
+) -> Batch:
+    """The head and those that join it.
+
+    ``others``: who may join, in that order; the head among them is passed over. ``extent_of``: what a candidate would
+    compute in this batch, or None if it cannot join one (a task, a prompt that goes in chunks); the head's must not be
+    None. ``predict``: seconds of a batch on the device, called at most once for each candidate considered, with a list
+    that is not to be kept. ``kv_room_tokens``: KV free for new tokens; that the head fits is the caller's business.
+
+    Whoever would be on time if all ran one by one in this order stays so, as far as prediction goes (which must not
+    charge a batch more than its parts). One who would be late alone may be carried by the batch, and cost a little.
+
+    - Whoever in the batch is on time keeps ``alpha`` of its objective when the next one joins. The one who joins must
+      be on time itself and no more: if its time is short, in the batch is still better than after it.
+    - Whoever is passed over, being large or a task, is overtaken by those who join after it. If it can be on time after
+      the batch and after those passed over before it, it stays so.
+    - Whoever is late, or would be in the batch, joins only a head that is late too, and delays no one in the batch who
+      is on time. The paper has no word on late ones. To fill a late head's batch clears a backlog faster and breaks no
+      promise; late ones in the batch of a head on time cost some later arrivals theirs (both seen in simulation).
+
+    S-EDF's order is the one to join in, for ``feasible`` too, whose own order has those it gave up last: the batch may
+    have room for them after all, and the earliest deadlines gain most by it (docs/scheduling.md).
+
+    Raises ``ValueError`` if the head has no extent.
+    """
+    extent = extent_of(head)
+    if extent is None:
+        raise ValueError(f"candidate {head.key} heads a batch and has no extent")
+    filling = _Filling(head, extent, now, predict, kv_room_tokens, limits)
+    for other in islice((other for other in others if other is not head), limits.max_considered):
+        if filling.is_full():
+            break
+        extent = extent_of(other)
+        if extent is None or not filling.try_join(other, extent):
+            filling.pass_over(other)
+    return Batch(members=filling.members, extents=filling.extents, predicted_s=filling.ends_at - now)
+
+
+class _Filling:
+    """A batch while it is being put together."""
+
+    def __init__(
+        self,
+        head: Candidate,
+        extent: Extent,
+        now: float,
+        predict: Callable[[Sequence[Extent]], float],
+        kv_room_tokens: int,
+        limits: BatchLimits,
+    ) -> None:
+        self.members, self.extents = [head], [extent]
+        self._now, self._predict, self._limits = now, predict, limits
+        self._tokens_left = limits.max_new_tokens - extent.new_tokens
+        self._kv_tokens_left = kv_room_tokens - self._kv_tokens(extent)
+        self.ends_at = now + predict(self.extents)
+        self._is_head_late = self.ends_at > head.deadline_at
+        self._must_end_at = inf if self._is_head_late else self._margin_at(head)
+        self._overtaken_s = 0.0
+
+    def is_full(self) -> bool:
+        """Whether nobody can join any more, however small."""
+        return (
+            self._tokens_left <= 0
+            or self._kv_tokens_left <= 0
+            or len(self.members) >= self._limits.max_requests
+            or self.ends_at >= self._must_end_at
+        )
+
+    def try_join(self, other: Candidate, extent: Extent) -> bool:
+        kv_tokens = self._kv_tokens(extent)
+        if extent.new_tokens > self._tokens_left or kv_tokens > self._kv_tokens_left:
+            return False
+        self.extents.append(extent)
+        ends_at = self._now + self._predict(self.extents)
+        is_late = ends_at > other.deadline_at
+        if ends_at > self._must_end_at or (is_late and not self._is_head_late):
+            self.extents.pop()
+            return False
+        self.members.append(other)
+        self.ends_at = ends_at
+        self._tokens_left -= extent.new_tokens
+        self._kv_tokens_left -= kv_tokens
+        if not is_late:
+            self._must_end_at = min(self._must_end_at, self._margin_at(other))
+        return True
+
+    def pass_over(self, other: Candidate) -> None:
+        """Whoever joins from now on overtakes ``other``, which must not cost it its deadline."""
+        latest_start_at = other.deadline_at - self._overtaken_s - other.remaining_s
+        if self.ends_at <= latest_start_at:
+            self._overtaken_s += other.remaining_s
+            self._must_end_at = min(self._must_end_at, latest_start_at)
+
+    def _margin_at(self, member: Candidate) -> float:
+        """When the batch must have ended for the member to keep its part of its objective."""
+        if member.deadline_at == inf:
+            return inf
+        return member.deadline_at - self._limits.alpha * member.objective_s
+
+    def _kv_tokens(self, extent: Extent) -> int:
+        return -(-extent.new_tokens // self._limits.page_tokens) * self._limits.page_tokens

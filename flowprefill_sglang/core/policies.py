@@ -1,0 +1,131 @@
+"""Which candidate runs next: the scheduling policies, as pure functions.
+
+A policy is asked at every event (an arrival, a completion, …) and never in between. It returns all candidates, best
+first, and the scheduler runs the first that can get memory. The model is one preemptive machine: to suspend a task
+costs microseconds, so no policy charges for a switch. A started task is not given up when another runs: it keeps what
+it has computed, and its memory, until ``core.aging`` makes it go on.
+
+A task of several requests is one candidate with the earliest of their deadlines. That is an approximation: its other
+requests may have more time, and count once together with the first.
+
+None of these policies bounds a request's waiting time; ``core.aging`` does, around any of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Final
+
+from flowprefill_sglang.core.candidate import Candidate, Standing
+
+Policy = Callable[[Sequence[Candidate], float], list[Candidate]]
+"""``(candidates, now) -> candidates``: takes them in deadline order (sorted by ``Candidate.order``) with finite
+``remaining_s``, and returns each of them once, best first. ``now`` in seconds of the candidates' clock."""
+
+# Bound once: looking a member up in its Enum takes longer than all else in these loops.
+_WAITING: Final = Standing.WAITING
+_arrived_at = attrgetter("arrived_at")
+_deadline_at = attrgetter("deadline_at")
+_remaining_s = attrgetter("remaining_s")
+
+
+# Every sort below is stable and starts from deadline order, so equals stay ordered by priority, then arrival.
+
+
+def fcfs(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """First come, first served: in order of receipt, so nothing that is being computed gives way to something newer."""
+    return sorted(candidates, key=_arrived_at)
+
+
+def edf(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """Earliest deadline first. Optimal while everything can be on time; when not, it spends its time on the latest."""
+    return list(candidates)
+
+
+def sedf(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """FlowPrefill's S-EDF (arXiv 2602.16603): highest sign(slack) / deadline first, deadline as a point in time.
+
+    So those whose slack is not negative come first, earliest deadline first; then those that can no longer be on time,
+    whose quotient is negative and nearest to zero for the *latest* deadline: latest deadline first. Slack of exactly
+    zero counts as on time; the formula's zero would put it between the two groups. Slack is each candidate's own: that
+    all of them together have none is not seen, as ``feasible`` sees it. The order is that of the quotients for
+    deadlines after the clock's zero, but none is computed, so it does not depend on where that zero is.
+    """
+    on_time: list[Candidate] = []
+    late: list[Candidate] = []
+    for candidate in candidates:
+        (on_time if candidate.deadline_at - now >= candidate.remaining_s else late).append(candidate)
+    late.sort(key=_deadline_at, reverse=True)  # keeps the order of equals, as reverse=True does and reversed() does not
+    return on_time + late
+
+
+def srpt(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """Shortest remaining processing time first: the least mean TTFT, blind to deadlines.
+
+    It does not thrash: what runs gets ever shorter. Of equals a started one goes first, since it holds memory.
+    """
+    started: list[Candidate] = []
+    waiting: list[Candidate] = []
+    for candidate in candidates:
+        (waiting if candidate.standing is _WAITING else started).append(candidate)
+    started += waiting
+    started.sort(key=_remaining_s)
+    return started
+
+
+def feasible(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """The most requests on time: the largest set that can be, in deadline order, then the others, shortest first.
+
+    The set is Moore and Hodgson's (``split_on_time``), found anew at each event. It is the best for what is known now;
+    arrivals to come are not guessed at. The others run when the set is empty: they are late whatever we do, and the
+    shortest first gets the most of them out of the way. Those with no deadline (infinite) are on time in any order, so
+    they make nobody wait who has one that can be met, and take their place among the others by length.
+    """
+    finite = candidates
+    if candidates and candidates[-1].deadline_at == inf:
+        finite = candidates[: bisect_left(candidates, inf, key=_deadline_at)]
+    on_time, rest = split_on_time(finite, now)
+    rest.extend(candidates[len(finite) :])
+    return on_time + srpt(rest, now)
+
+
+def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Candidate], list[Candidate]]:
+    """The largest set of candidates that can all be on time, and the others, both in deadline order.
+
+    Moore and Hodgson's algorithm (J. M. Moore, Management Science 15(1), 1968) on the remaining times: add candidates
+    in deadline order; whenever one would be late, drop the longest so far. O(n log n). All are available now, so
+    preemption cannot make the set larger. Of equally long ones a waiting one is dropped before a started one, which
+    holds memory, then the earlier deadline, since a later one leaves more room for arrivals to come, then the lower
+    priority and the later arrival.
+    """
+    finish_at = now
+    kept: list[tuple[float, bool, float, int]] = []  # a heap: first the one to drop first; ends with the negated index
+    dropped: list[int] = []
+    for index, candidate in enumerate(candidates):
+        remaining_s, deadline_at = candidate.remaining_s, candidate.deadline_at
+        is_too_much = finish_at + remaining_s > deadline_at
+        if is_too_much and (not kept or -remaining_s < kept[0][0]):
+            dropped.append(index)  # the longest itself: with many late that is the rule, and spares the heap
+            continue
+        entry = (-remaining_s, candidate.standing is not _WAITING, deadline_at, -index)
+        finish_at += remaining_s
+        if is_too_much:
+            longest = heapq.heappushpop(kept, entry)
+            finish_at += longest[0]
+            dropped.append(-longest[-1])
+        else:
+            heapq.heappush(kept, entry)
+    on_time = sorted(-entry[-1] for entry in kept)
+    dropped.sort()
+    return [candidates[index] for index in on_time], [candidates[index] for index in dropped]
+
+
+POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {"fcfs": fcfs, "edf": edf, "sedf": sedf, "srpt": srpt, "feasible": feasible}
+)
+DEFAULT_POLICY: Final = "feasible"

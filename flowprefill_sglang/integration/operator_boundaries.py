@@ -1,0 +1,117 @@
+"""Boundaries in front of SGLang's operators, for any model, without touching a model file.
+
+Every operator class of SGLang 0.5.23 gets its ``forward`` wrapped once, at start-up, after the model was loaded (models
+bring subclasses of their own). The wrapper crosses the gate, then closes it for the operator's own run: an operator
+inside of an operator, such as a linear layer inside of an expert layer or the vocabulary projection inside of the
+logits processor, is no boundary. A replay of a CUDA graph is one operator. Inside of code that ``torch.compile``
+traces the wrapper does nothing.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.compiler import is_compiling
+
+from flowprefill_sglang.errors import InternalError, StartupError
+from flowprefill_sglang.integration.hooks import sglang_version
+from flowprefill_sglang.prefill_worker.boundaries import Gate
+
+OPERATORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("sglang.srt.layers.radix_attention.RadixAttention", ("forward",)),
+    ("sglang.srt.layers.radix_linear_attention.RadixLinearAttention", ("forward",)),
+    ("sglang.srt.layers.linear.LinearBase", ("forward",)),
+    ("sglang.srt.layers.linear.ColumnParallelBatchedLinear", ("forward",)),
+    ("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE", ("forward", "forward_deferred_finalize")),
+    # With LoRA these take the place of the layers above and call their kernels directly.
+    ("sglang.srt.lora.layers.ColumnParallelLinearWithLoRA", ("forward",)),
+    ("sglang.srt.lora.layers.RowParallelLinearWithLoRA", ("forward",)),
+    ("sglang.srt.lora.layers.ReplicatedLinearWithLoRA", ("forward",)),
+    ("sglang.srt.lora.layers.FusedMoEWithLoRA", ("forward",)),
+    # The last boundary of a forward; its projection onto the vocabulary must stay whole.
+    ("sglang.srt.layers.logits_processor.LogitsProcessor", ("forward",)),
+    ("sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner", ("execute",)),
+)
+"""Classes that are wrapped, with all of their subclasses, and the methods that run them."""
+
+_MARK = "__flowprefill_gate__"
+LAYERS = "layers"
+"""Attribute under which models keep their decoder layers, a ``ModuleList``."""
+
+
+def install(gate: Gate) -> list[str]:
+    """Wrap every operator class that is loaded now; the dotted names of those that were not wrapped before.
+
+    Raises StartupError when SGLang lacks one of the classes. May be called again, for classes loaded since.
+    """
+    wrapped = []
+    for name, methods in OPERATORS:
+        for cls in _with_subclasses(_resolve(name)):
+            for method in methods:
+                function = vars(cls).get(method)
+                if function is None or getattr(function, _MARK, None) is gate:
+                    continue
+                if hasattr(function, _MARK):
+                    raise InternalError(f"{cls.__qualname__}.{method} has a boundary of another gate already")
+                setattr(cls, method, _bounded(function, gate))
+                wrapped.append(f"{cls.__module__}.{cls.__qualname__}.{method}")
+    return wrapped
+
+
+def ensure_boundaries(model: torch.nn.Module, gate: Gate) -> tuple[int, int]:
+    """Make sure that a loaded model can be stopped at least once in each of its layers.
+
+    Returns the number of places in it where it can be stopped, and how many of its layers had none and were made one as
+    a whole, as layers are that bring operators of their own. A model without ``layers`` and without operators of
+    SGLang's has no place at all: the caller must run it whole.
+    """
+    whole = [layer for layer in _decoder_layers(model) if not any(_is_bounded(module) for module in layer.modules())]
+    for layer in whole:
+        layer.forward = _bounded(layer.forward, gate)
+    return sum(_is_bounded(module) for module in model.modules()), len(whole)
+
+
+def _bounded(function: Callable[..., Any], gate: Gate) -> Callable[..., Any]:
+    @wraps(function)
+    def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
+        if gate.is_closed or is_compiling():
+            return function(*args, **kwargs)
+        gate.cross()
+        gate.is_closed = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gate.is_closed = False
+
+    setattr(operator, _MARK, gate)
+    return operator
+
+
+def _resolve(name: str) -> type:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise StartupError(f"SGLang {sglang_version()} has no operator class {name}: {error}") from error
+    if not isinstance(found, type):
+        raise StartupError(f"SGLang {sglang_version()}: {name} is not a class")
+    return found
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)
+
+
+def _is_bounded(module: torch.nn.Module) -> bool:
+    return hasattr(module.forward, _MARK)
+
+
+def _decoder_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == LAYERS and isinstance(module, torch.nn.ModuleList):
+            yield from module

@@ -1,0 +1,385 @@
+"""The event loop of a prefill worker's scheduler process, in place of SGLang 0.5.23's
+``event_loop_normal_disagg_prefill``.
+
+It runs on the process's main thread, which is also the greenlet hub of all tasks, and owns everything it touches. One
+turn: take in what has happened, decide if something happened that calls for a decision, then run the chosen task until
+it ends or an event stops it at a boundary. With nothing to run it sleeps until something happens.
+
+What happens comes from two sides. SGLang's sockets bring requests, aborts and control requests; SGLang's own
+``ingest_requests`` handles them (``prefill_control`` sees to those that must not meet a suspended task). The transfer
+backend's threads report through ``wakeup.kv_events``: a decode instance is ready for a request, a handoff has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import zmq
+from sglang.srt.disaggregation.utils import is_aborted
+
+from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.prefill_cost import Extent
+from flowprefill_sglang.errors import InternalError
+from flowprefill_sglang.integration.prefill_batches import Batch, PrefillBatches
+from flowprefill_sglang.integration.prefill_memory import PrefillMemory
+from flowprefill_sglang.integration.request_terms import terms_of
+from flowprefill_sglang.integration.wakeup import KvEvents, Wakeup
+from flowprefill_sglang.observe.events import Outcome, Trigger
+from flowprefill_sglang.prefill_worker.admission import Room
+from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.journal import Journal
+from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
+from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
+from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
+from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import GenerationBatchResult, Scheduler
+
+logger = logging.getLogger(__name__)
+
+TRANSPORT_TICK_S = 0.05
+"""How often handoffs under way are polled while nothing runs: transports enforce their time-outs, and some report the
+end of a transfer, only when polled. No decision is taken on it unless the poll brings news."""
+
+HOUSEKEEPING_S = 30.0
+"""How often an idle worker gets up for SGLang's own idle duties (metrics, leak check)."""
+
+MAX_REFUSALS = 16
+"""Waiting requests that a round tries to start before it settles for what is already begun. Memory that refused
+sixteen in a row is full, and trying hundreds would cost the round more than it could win."""
+
+
+@dataclass(slots=True, eq=False)
+class Begun:
+    """SGLang's side of a task."""
+
+    batch: Batch
+    forward: ForwardTask[GenerationBatchResult]
+
+
+class PrefillLoop:
+    """Drives SGLang's scheduler with ours. Owned by the scheduler process's main thread, except for ``Wakeup``."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        core: PrefillScheduler,
+        *,
+        gate: Gate,
+        state: SharedState,
+        reporter: SchedulerReporter,
+        kv_events: KvEvents,
+        memory: PrefillMemory,
+        settings: SchedulerSettings,
+    ) -> None:
+        self._scheduler = scheduler
+        self._core = core
+        self._gate = gate
+        self._state = state
+        self._reporter = reporter
+        self._journal = Journal(reporter.record)
+        self._kv_events = kv_events
+        self._memory = memory
+        self._settings = settings
+        self._batches = PrefillBatches(scheduler)
+        channels = scheduler.ipc_channels
+        self._sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
+        self._wakeup = Wakeup(self._sockets, gate)
+        self._reqs: dict[Request, Req] = {}
+        self._request_of: dict[Req, Request] = {}
+        self._begun: dict[Task, Begun] = {}
+        self._trigger: Trigger | None = None
+        self._news_at: float | None = None  # when the first thing happened that this turn has taken in
+        self._stopped_at = 0.0  # when the running task last gave the thread back
+        self._awaited_grammars: WeakSet[Future[object]] = WeakSet()
+        self._is_short_of_memory = False
+        self._building_s = 0.0  # of this round: SGLang making batches
+
+    # ---- turns ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until SGLang is told to exit. What is still under way then is discarded."""
+        self._kv_events.listen(self._wakeup)
+        self._gate.watch(self._is_message_waiting)
+        try:
+            while not self._scheduler.gracefully_exit:
+                self._turn()
+        finally:
+            self._kv_events.listen(None)
+            self._gate.watch(None)
+            for begun in self._begun.values():
+                begun.forward.discard()
+            self._wakeup.close()
+
+    def _turn(self) -> None:
+        scheduler = self._scheduler
+        self._wakeup.clear()
+        self._news_at = None
+        scheduler.ingest_requests()
+        if scheduler._engine_paused:
+            scheduler._record_scheduler_state_for_paused_engine()
+            self._wakeup.wait(HOUSEKEEPING_S)
+            return
+        self._take_in_grammars()
+        self._take_in_kv_events()
+        scheduler.maybe_send_health_check_signal()
+        if self._trigger is not None:
+            self._round(self._trigger)
+        if self._core.running is None:
+            self._idle()
+        else:
+            self._advance(self._core.running)
+
+    def _take_in_grammars(self) -> None:
+        """Let in the requests whose grammar is compiled by now, and be woken when another one is. SGLang looks when it
+        makes a batch, which happens here only for a request that is in already."""
+        scheduler, grammars = self._scheduler, self._scheduler.grammar_manager
+        if not grammars.has_waiting_grammars():
+            return
+        for req in grammars.get_ready_grammar_requests():
+            scheduler._add_request_to_queue(req)
+        for req in grammars.grammar_queue:
+            if isinstance(req.grammar, Future) and req.grammar not in self._awaited_grammars:
+                self._awaited_grammars.add(req.grammar)
+                req.grammar.add_done_callback(lambda _: self._wakeup.now_please())
+
+    def _take_in_kv_events(self) -> None:
+        scheduler, events = self._scheduler, self._kv_events
+        if events.ended_at is not None:
+            self._has_news(events.ended_at)
+            events.ended_at = None
+        if events.has_failure:
+            events.has_failure = False
+            scheduler.resolve_waiting_queue_bootstrap()
+            self.withdraw_what_is_gone()
+        # Ended handoffs first: they give back the metadata buffers that requests need to leave the bootstrap queue.
+        if (
+            scheduler.disagg_prefill_inflight_queue
+            and scheduler.process_disagg_prefill_inflight_queue()
+            and self._is_short_of_memory
+        ):
+            self._trigger = Trigger.KV_POOL
+        if scheduler.disagg_prefill_bootstrap_queue.queue:
+            for req in scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped():
+                scheduler.waiting_queue.append(req)
+                self._arrived(req)
+
+    def _idle(self) -> None:
+        scheduler = self._scheduler
+        scheduler._sched_idled = True
+        scheduler.on_idle()
+        if self._is_short_of_memory and not scheduler.disagg_prefill_inflight_queue:
+            # Nothing under way will free memory and tell us: look again, in case something else has freed it.
+            self._trigger = Trigger.KV_POOL
+        is_polled = scheduler.disagg_prefill_bootstrap_queue.queue or scheduler.disagg_prefill_inflight_queue
+        self._wakeup.wait(TRANSPORT_TICK_S if is_polled or self._core.waiting else HOUSEKEEPING_S)
+
+    def _is_message_waiting(self) -> bool:
+        return any(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN for socket in self._sockets)
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def _arrived(self, req: Req) -> None:
+        now = time.monotonic()
+        terms = terms_of(req, now, self._settings.default_objective_s)
+        req.init_next_round_input(self._scheduler.tree_cache, cow_mamba=False)
+        request = Request(
+            rid=terms.rid,
+            slo_class=terms.slo_class,
+            new_tokens=len(req.origin_input_ids) - req.prefix_len,
+            cached_tokens=req.prefix_len,
+            arrived_at=terms.received_at,
+            deadline_at=terms.deadline_at,
+            priority=terms.priority,
+        )
+        self._reqs[request] = req
+        self._request_of[req] = request
+        self._core.arrived(request)
+        # SGLang's stamp is of time.perf_counter(), which on Linux is the same clock.
+        ready_at = self._kv_events.ready_at.pop(req.bootstrap_room, 0.0)
+        self._has_news(max(req.time_stats.api_server_dispatch_time, ready_at))
+        self._trigger = Trigger.ARRIVAL
+        self._journal.arrived(request, terms.dispatch_rid, now)
+
+    def _has_news(self, at: float) -> None:
+        """Something happened at this time that may stop the running task."""
+        if at and (self._news_at is None or at < self._news_at):
+            self._news_at = at
+
+    def withdraw_what_is_gone(self) -> None:
+        """Forget the requests that SGLang has dropped or marked as aborted, and free what they hold at once.
+
+        A request that shares a task with others that go on keeps its KV until the task ends: the forward pass writes
+        to it.
+        """
+        waiting = set(self._scheduler.waiting_queue)
+        now = time.monotonic()
+        for request, req in list(self._reqs.items()):
+            if request.candidate.standing is Standing.WAITING and req not in waiting:
+                self._withdraw(request, now)
+            elif request.candidate.standing is Standing.HALF_PREFILLED and is_aborted(req):
+                self._withdraw(request, now)
+                self._batches.retire([req])
+        for task, begun in list(self._begun.items()):
+            if all(is_aborted(req) for req in begun.batch.reqs):
+                self._core.discarded(task, now)
+                del self._begun[task]
+                begun.forward.discard()
+                self._batches.retire(begun.batch.reqs)
+                for request in task.requests:
+                    self._ended(request, Outcome.ABORTED, now)
+                self._trigger = self._trigger or Trigger.ABORT
+
+    def _withdraw(self, request: Request, now: float) -> None:
+        self._core.withdrawn(request)
+        self._ended(request, Outcome.ABORTED, now)
+
+    def _ended(self, request: Request, outcome: Outcome, now: float) -> None:
+        del self._request_of[self._reqs.pop(request)]
+        self._journal.ended(request, outcome, now)
+
+    # ---- rounds -----------------------------------------------------------------------------------------------
+
+    def _round(self, trigger: Trigger) -> None:
+        began_at = time.monotonic()
+        self._trigger = None
+        self._building_s = 0.0
+        self._is_short_of_memory = False
+        ranking = self._core.ranking(began_at)
+        room = self._memory.room(self._core)
+        refusals = 0
+        for place, candidate in enumerate(ranking.order):
+            task = self._core.task_of(candidate)
+            if task is not None:
+                self._go_on(task, began_at)
+                break
+            if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or self._is_short_of_memory):
+                continue
+            if self._try_start(candidate, ranking.order[place + 1 :], room, began_at):
+                break
+            refusals += 1
+            # A promoted request must not be overtaken for ever by smaller ones that still fit.
+            self._is_short_of_memory |= candidate.is_promoted
+        self._is_short_of_memory |= refusals > 0
+        ended_at = time.monotonic()
+        self._journal.round(
+            self._core,
+            trigger,
+            duration_s=ended_at - began_at - self._building_s,
+            suspended_bytes=room.activation_bytes,
+            promoted=ranking.promoted,
+            now=ended_at,
+        )
+        self._reporter.flush()
+
+    def _go_on(self, task: Task, now: float) -> None:
+        """Let a task that is under way run, the running one or a suspended one."""
+        if task is self._core.running:
+            return
+        self._preempt_for(task.requests, now)
+        self._journal.resumed(task, self._core.resumed(task, now), now)
+
+    def _preempt_for(self, requests: Sequence[Request], now: float) -> None:
+        if self._core.running is None:
+            return
+        blocking_s = max(0.0, self._stopped_at - (self._news_at or self._stopped_at))
+        self._journal.preempted(self._core.preempted(now), requests, blocking_s, now)
+
+    def _try_start(self, candidate: Candidate, others: Sequence[Candidate], room: Room, now: float) -> bool:
+        """Start the forward pass of a request, with others if it is small; False when memory does not admit it."""
+        head = self._core.request_of(candidate)
+        is_begun = candidate.standing is Standing.HALF_PREFILLED
+        slots = self._memory.kv_slots(head.new_tokens + head.cached_tokens)
+        activation_bytes = self._memory.activation_bytes(head.new_tokens, head.cached_tokens)
+        if room.refusal(slots, activation_bytes, is_begun=is_begun) is not None:
+            return False
+        if is_begun:
+            requests = [head]
+        else:
+            kv_room = room.free_kv_tokens - room.claimed_kv_tokens - self._memory.kv_slots(head.cached_tokens)
+            requests = self._core.batch_of(head, others, now, kv_room)
+        reqs = [self._reqs[request] for request in requests]
+        decided_at = time.monotonic()
+        batch = self._batches.next_chunk(reqs[0]) if is_begun else self._batches.begin(reqs)
+        self._building_s += time.monotonic() - decided_at
+        if batch is None:
+            return False
+        self._start(batch)
+        return True
+
+    def _start(self, batch: Batch) -> None:
+        requests = [self._request_of[req] for req in batch.reqs]
+        now = time.monotonic()
+        self._preempt_for(requests, now)
+        extents = []
+        for request, req in zip(requests, batch.reqs, strict=True):
+            request.cached_tokens = req.prefix_len
+            request.new_tokens = len(req.origin_input_ids) - req.prefix_len
+            extents.append(Extent(req.extend_len, req.prefix_len))
+        task = self._core.started(requests, extents, now)
+        run = partial(self._scheduler.run_batch, batch.schedule_batch)
+        self._begun[task] = Begun(batch, ForwardTask(run, self._gate, self._state))
+        self._journal.started(task, now)
+
+    # ---- running ----------------------------------------------------------------------------------------------
+
+    def _advance(self, task: Task) -> None:
+        """Run a task until it ends or an event stops it."""
+        begun = self._begun[task]
+        self._scheduler.cur_batch_for_debug = begun.batch.schedule_batch  # arms SGLang's watchdog
+        has_ended = begun.forward.advance()
+        self._stopped_at = time.monotonic()
+        self._scheduler.cur_batch_for_debug = None
+        if has_ended:
+            del self._begun[task]
+            self._finish(task, begun)
+
+    def _finish(self, task: Task, begun: Begun) -> None:
+        now = self._stopped_at
+        self._core.finished(now)
+        self._journal.finished(task, now)
+        half_prefilled = self._batches.finish(begun.batch, begun.forward.result)
+        for request, req in zip(task.requests, begun.batch.reqs, strict=True):
+            if req is not half_prefilled:
+                self._ended(request, Outcome.ABORTED if is_aborted(req) else Outcome.PREFILLED, now)
+            elif is_aborted(req):
+                self._withdraw(request, now)
+                self._batches.retire([req])
+        self._trigger = Trigger.COMPLETION
+
+    def finish_what_is_begun(self, *, half_prefilled: bool) -> None:
+        """Run every task under way to its end, without a round; with ``half_prefilled``, the rest of those prompts too.
+
+        For control requests that no forward pass may straddle. New messages wait meanwhile, as they do in SGLang while
+        a batch runs.
+        """
+        self._gate.watch(None)
+        try:
+            while (candidate := self._core.first_begun(half_prefilled=half_prefilled)) is not None:
+                now = time.monotonic()
+                task = self._core.task_of(candidate)
+                if task is not None:
+                    self._go_on(task, now)
+                elif not self._try_start(candidate, (), self._memory.room(self._core), now):
+                    raise InternalError(f"request {self._core.request_of(candidate).rid} cannot get its next chunk")
+                self._gate.clear()
+                assert self._core.running is not None
+                self._advance(self._core.running)
+        finally:
+            self._gate.watch(self._is_message_waiting)
+            self._reporter.flush()  # there may be no round for long: a paused engine takes none
+
+    def begun_reqs(self) -> list[Req]:
+        """Every request that is in a task or half-prefilled."""
+        in_tasks = [req for begun in self._begun.values() for req in begun.batch.reqs]
+        half = [req for request, req in self._reqs.items() if request.candidate.standing is Standing.HALF_PREFILLED]
+        return in_tasks + half

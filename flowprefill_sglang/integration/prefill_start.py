@@ -1,0 +1,117 @@
+"""How SGLang's scheduler process becomes a FlowPrefill one: its prefill event loops are replaced by ``serve``.
+
+Everything that a suspended forward pass needs is put in place here, once the model is loaded and before the first
+request is taken in; what cannot be ends the process with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from flowprefill_sglang.errors import FlowPrefillError, StartupError
+from flowprefill_sglang.integration.hooks import Hook, HookKind, stop
+from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from flowprefill_sglang.prefill_worker.boundaries import Gate
+
+logger = logging.getLogger(__name__)
+
+GRAMMAR_POLL_S: Final = 1e-5
+"""How long SGLang may wait for grammars to compile whenever a batch is made. It would be 5 ms, for each urgent request;
+here a compiled grammar is an event like others, and the next round takes it."""
+
+
+def hooks(settings: SchedulerSettings) -> list[Hook]:
+    """Replace SGLang's two prefill loops of one pipeline stage."""
+
+    @torch.no_grad()  # as SGLang's own loops; a replaced function loses its decorators
+    def event_loop(scheduler: Scheduler) -> None:
+        try:
+            serve(scheduler, settings)
+        except FlowPrefillError as error:
+            stop(error)
+
+    mixin = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
+    why = "requests would be prefilled without preemption, in SGLang's own order"
+    return [
+        Hook(target=f"{mixin}.{name}", kind=HookKind.REPLACE, function=event_loop, why=why)
+        for name in ("event_loop_normal_disagg_prefill", "event_loop_overlap_disagg_prefill")
+    ]
+
+
+def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
+    """Run the prefill loop on SGLang's scheduler until it is told to exit. Raises StartupError."""
+    from flowprefill_sglang.core.aging import AgingLimits
+    from flowprefill_sglang.core.batching import BatchLimits
+    from flowprefill_sglang.core.prefill_cost import Predictor
+    from flowprefill_sglang.integration.attention_slots import AttentionSlots
+    from flowprefill_sglang.integration.cost_model import cost_model
+    from flowprefill_sglang.integration.forward_state import ForwardState
+    from flowprefill_sglang.integration.operator_boundaries import ensure_boundaries, install
+    from flowprefill_sglang.integration.prefill_control import control
+    from flowprefill_sglang.integration.prefill_loop import PrefillLoop
+    from flowprefill_sglang.integration.prefill_memory import PrefillMemory
+    from flowprefill_sglang.integration.wakeup import kv_events
+    from flowprefill_sglang.prefill_worker.boundaries import Gate
+    from flowprefill_sglang.prefill_worker.reporter import from_environment
+    from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler
+
+    model_runner = scheduler.tp_worker.model_runner
+    gate = Gate()
+    install(gate)
+    places, are_layers = ensure_boundaries(model_runner.model, gate)
+    if not places:
+        raise StartupError(
+            f"{type(model_runner.model).__name__} has no operator that FlowPrefill knows, so its forward pass cannot "
+            "be interrupted; use --prefill-scheduler stock"
+        )
+    slots = AttentionSlots(model_runner, gate)
+    slots.install()
+    core = PrefillScheduler(
+        Predictor(cost_model(scheduler, settings.cost_file)),
+        policy=settings.policy,
+        aging=AgingLimits(max_wait_s=settings.max_wait_s, max_suspend_s=settings.max_suspend_s),
+        batching=BatchLimits(
+            max_new_tokens=settings.batch_tokens, alpha=settings.slack_fraction, page_tokens=scheduler.page_size
+        ),
+        now=time.monotonic(),
+    )
+    _adapt(scheduler, gate)
+    loop = PrefillLoop(
+        scheduler,
+        core,
+        gate=gate,
+        state=ForwardState(model_runner, stage_metrics=scheduler.scheduler_stage_metrics),
+        reporter=from_environment(),
+        kv_events=kv_events,
+        memory=PrefillMemory(scheduler, settings),
+        settings=settings,
+    )
+    logger.info(
+        "FlowPrefill schedules this worker: policy %s, %d boundaries a forward pass%s",
+        settings.policy,
+        places,
+        " (decoder layers; this model has few operators that can be told apart)" if are_layers else "",
+    )
+    control.loop = loop
+    try:
+        loop.run()
+    finally:
+        control.loop = None
+
+
+def _adapt(scheduler: Scheduler, gate: Gate) -> None:
+    """Settings of SGLang's scheduler that assume its own loop."""
+    scheduler.idle_sleeper = None  # the loop has its own bed, which handoffs wake too
+    scheduler.grammar_manager.SGLANG_GRAMMAR_POLL_INTERVAL = GRAMMAR_POLL_S
+    # Progress is boundaries: many forward passes may begin and none end for a while, or one long one run alone.
+    scheduler.watchdog.get_counter = lambda: scheduler.forward_ct + gate.boundaries
+    if getattr(scheduler, "soft_watchdog", None) is not None:
+        scheduler.soft_watchdog.get_counter = scheduler.watchdog.get_counter

@@ -1,0 +1,83 @@
+"""How a prefill worker schedules: set once at its start, in SGLang's HTTP process, and read in its scheduler process.
+
+The two are different processes that SGLang starts, so the settings travel in an environment variable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from enum import StrEnum
+
+import msgspec
+
+from flowprefill_sglang.errors import StartupError
+
+ENVIRONMENT_VARIABLE = "FLOWPREFILL_SCHEDULER"
+
+
+class SchedulerKind(StrEnum):
+    """Whose scheduler decides what is prefilled next."""
+
+    FLOWPREFILL = "flowprefill"
+    """Preemption at operator boundaries, decisions on events."""
+    STOCK = "stock"
+    """SGLang's own event loop, for comparison."""
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything the scheduler process needs to know beside SGLang's own flags."""
+
+    kind: SchedulerKind = SchedulerKind.FLOWPREFILL
+    policy: str = "feasible"
+    """A name in ``core.policies.POLICIES``."""
+    default_objective_s: float = 60.0
+    """TTFT objective of requests that come without one, i.e. past the router. A minute: the aging rule's own bound."""
+    max_wait_s: float = 60.0
+    """A request that has waited this long, or longer than its objective if that is more, runs next (aging rule)."""
+    max_suspend_s: float = 30.0
+    """A task suspended this long goes on next: it holds memory that others wait for."""
+    batch_tokens: int = 2048
+    """Most new tokens of a batch of several requests. 2,048: in simulation more delays the head for little gain."""
+    slack_fraction: float = 0.1
+    """The paper's alpha: others join the head of a batch while it keeps this share of its objective as slack."""
+    max_tasks: int = 64
+    """Most tasks begun and not ended. Each holds activations and a slot of the attention backend."""
+    activation_fraction: float = 0.5
+    """Share of the memory that is free after start-up which suspended tasks' activations may take."""
+    cost_file: str | None = None
+    """Cost model made by ``flowprefill profile``; None: the one kept for this model and hardware, or else a short
+    calibration at start-up."""
+
+    def check(self) -> None:
+        """Raise StartupError for values that cannot work."""
+        problems = {
+            "max_wait_s and max_suspend_s must be positive": not (self.max_wait_s > 0 and self.max_suspend_s > 0),
+            "default_objective_s must be positive": not self.default_objective_s > 0,
+            "batch_tokens must be at least 1": self.batch_tokens < 1,
+            "slack_fraction must be between 0 and 1": not 0 <= self.slack_fraction <= 1,
+            "max_tasks must be at least 1": self.max_tasks < 1,
+            "activation_fraction must be above 0 and at most 1": not 0 < self.activation_fraction <= 1,
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise StartupError(f"scheduler settings: {problem}")
+
+
+def publish(settings: SchedulerSettings, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Hand the settings to the processes that will be started from here."""
+    environment[ENVIRONMENT_VARIABLE] = msgspec.json.encode(settings).decode()
+
+
+def published(environment: MutableMapping[str, str] = os.environ) -> SchedulerSettings | None:
+    """The settings that the parent process published; None in a process that no prefill worker started.
+
+    Raises StartupError when they are not what this version understands.
+    """
+    text = environment.get(ENVIRONMENT_VARIABLE)
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text.encode(), type=SchedulerSettings)
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{ENVIRONMENT_VARIABLE} is not what this version understands: {error}") from error

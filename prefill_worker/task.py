@@ -1,0 +1,140 @@
+"""A forward pass that can stop at an operator boundary, keep all it has computed, and go on later.
+
+A task is a greenlet on the scheduler's own thread. The *hub*, the greenlet that runs the scheduler's loop, starts and
+resumes it with ``advance``; at a boundary with an event pending, control comes back to the hub. Why greenlets and not
+threads: no locks around the engine's module-level state, a switch costs less than a microsecond instead of ten, and a
+task can be ended cleanly where it stands.
+
+What tasks share lies outside of them in module globals, attributes and thread-local modes. ``SharedState`` moves it:
+
+::
+
+    hub ──check; save hub's, restore task's──▶ task runs ──save task's──▶ hub ──restore hub's; check──▶
+
+Context variables need no moving: each task runs in its own copy of the context that it was started in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Generic, Protocol, TypeVar
+
+from greenlet import getcurrent, greenlet
+
+from flowprefill_sglang.errors import InternalError
+from flowprefill_sglang.prefill_worker.boundaries import Gate
+
+Result = TypeVar("Result")
+
+
+class SharedState(Protocol):
+    """What one forward pass leaves set outside of itself and the next would overwrite or misread."""
+
+    def save(self) -> object:
+        """The state as it is now. Later changes do not reach what was returned."""
+
+    def restore(self, saved: object) -> None:
+        """Put back what ``save`` returned."""
+
+    def may_stop(self) -> bool:
+        """Whether a task can be suspended at this very place; asked inside of it when an event is pending. False
+        postpones the stop to a later boundary."""
+
+    def check(self) -> None:
+        """Raise InternalError if a mode of this thread is not the one that hub and tasks agreed on."""
+
+
+class ForwardTask(Generic[Result]):
+    """One batch's forward pass. Used by one thread, and by its hub only. Not reusable.
+
+    A started task must be advanced to its end or discarded: a suspended one that is merely dropped keeps its frames,
+    and the memory in them, for ever.
+    """
+
+    def __init__(self, run: Callable[[], Result], gate: Gate, state: SharedState) -> None:
+        self._run = run
+        self._gate = gate
+        self._state = state
+        self._greenlet = greenlet(self._body)
+        self._saved: object = None
+        self._results: list[Result] = []
+        self.is_over = False
+        """Ended, failed or discarded."""
+        self.suspensions = 0
+        """How often it was stopped at a boundary."""
+        self.postponed = 0
+        """Boundaries at which an event was pending and the task could not stop (see ``SharedState.may_stop``)."""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether ``advance`` has been called."""
+        return bool(self._greenlet) or self.is_over
+
+    @property
+    def result(self) -> Result:
+        """What the forward returned. InternalError before ``advance`` has returned True."""
+        if not self._results:
+            raise InternalError("a forward task that has not ended, or failed, has no result")
+        return self._results[0]
+
+    def advance(self) -> bool:
+        """Start or resume. True when the forward has ended, False when it was suspended at a boundary.
+
+        Raises what the forward raised; the task is then over. InternalError when it is over already, or when a mode of
+        this thread has changed under it.
+        """
+        if self.is_over:
+            raise InternalError("this forward task is over")
+        self._state.check()
+        return self._switch(to_end_it=False)
+
+    def discard(self) -> None:
+        """End a task that is not wanted any more: its ``finally`` blocks run, under its own state, and none of its
+        operators. Nothing happens to one that is over. Raises what those blocks raise."""
+        if self.is_over:
+            return
+        if not self._greenlet:
+            self._end()
+            return
+        self._switch(to_end_it=True)
+
+    def _switch(self, *, to_end_it: bool) -> bool:
+        """Change to the task and back, with the shared state: let it run, or throw GreenletExit into it."""
+        state, task = self._state, self._greenlet
+        task.parent = getcurrent()  # where an end or an exception leads
+        hubs = state.save()
+        if task:
+            saved, self._saved = self._saved, None
+            state.restore(saved)
+        else:
+            task.gr_context = copy_context()
+        try:
+            if to_end_it:
+                task.throw()
+            else:
+                self._gate.open(self._suspend)
+                task.switch()
+        finally:
+            self._gate.close()
+            state.restore(hubs)
+            if task.dead:
+                self._end()
+        state.check()
+        return self.is_over
+
+    def _body(self) -> None:
+        self._results.append(self._run())
+
+    def _suspend(self) -> None:
+        """Called inside of the task, at a boundary."""
+        if getcurrent() is not self._greenlet or not self._state.may_stop():
+            self.postponed += 1
+            return
+        self._saved = self._state.save()
+        self.suspensions += 1
+        self._greenlet.parent.switch()
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._saved = None

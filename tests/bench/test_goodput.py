@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowprefill_sglang.bench.goodput import GoodputSearch, Probe, estimate
+
+
+def probe(rate_rps: float, attained: int, requests: int = 100) -> Probe:
+    return Probe(rate_rps=rate_rps, attained=attained, requests=requests)
+
+
+def test_the_crossing_is_interpolated_in_the_logarithm_of_the_rate() -> None:
+    found = estimate([probe(16, 80), probe(4, 100)])
+    assert found.rate_rps == pytest.approx(8)
+    assert found.passed_rps == 4
+    assert found.is_bracketed
+
+
+def test_probes_on_one_side_give_a_bound() -> None:
+    above, below = estimate([probe(2, 50), probe(3, 40)]), estimate([probe(2, 99), probe(3, 95)])
+    assert (above.rate_rps, above.passed_rps, above.is_bracketed) == (2, 0, False)
+    assert (below.rate_rps, below.passed_rps, below.is_bracketed) == (3, 3, False)
+
+
+def test_a_lucky_probe_at_a_high_rate_does_not_decide() -> None:
+    """92% at 10 after 84% at 9 is noise: together they are 88%."""
+    found = estimate([probe(8, 96), probe(9, 84), probe(10, 92)])
+    assert 8 < found.rate_rps < 9
+    assert found.passed_rps == 8
+
+
+def test_no_probes_no_estimate() -> None:
+    with pytest.raises(ValueError, match="at least one probe"):
+        estimate([])
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.1, 100), st.integers(0, 50), st.integers(1, 50)).filter(lambda row: row[1] <= row[2]),
+        min_size=1,
+        max_size=8,
+        unique_by=lambda row: row[0],
+    )
+)
+def test_an_estimate_lies_within_the_probed_rates(rows: list[tuple[float, int, int]]) -> None:
+    found = estimate([probe(*row) for row in rows])
+    rates = [row[0] for row in rows]
+    assert min(rates) * 0.999 <= found.rate_rps <= max(rates) * 1.001
+    assert found.passed_rps <= found.rate_rps * 1.001
+
+
+@given(st.floats(0.5, 50), st.floats(0.4, 2.5), st.floats(0.15, 1.0))
+def test_six_probes_find_the_crossing(true_rps: float, off_by: float, slope: float) -> None:
+    """Of attainment that falls linearly in log rate, as near the target; the guess is up to 2.5 times off."""
+    search = GoodputSearch(guess_rps=true_rps * off_by)
+    for _ in range(6):
+        rate = search.next_rate()
+        attainment = min(1.0, max(0.0, 0.9 - slope * math.log(rate / true_rps)))
+        search.probes.append(probe(rate, round(10_000 * attainment), 10_000))
+    found = estimate(search.probes)
+    assert found.is_bracketed
+    assert found.rate_rps == pytest.approx(true_rps, rel=0.12)
+
+
+def test_no_rate_is_offered_twice_while_the_crossing_is_open() -> None:
+    search = GoodputSearch(guess_rps=10)
+    for attained in (95, 60, 90, 89, 91):
+        rate = search.next_rate()
+        assert all(abs(math.log(rate / known.rate_rps)) > 0.001 for known in search.probes)
+        search.probes.append(probe(rate, attained))

@@ -1,0 +1,96 @@
+"""A pool that is too small for what is asked: everybody is served, in bounded time, in whichever order they come.
+
+The worker ``tight`` has 6,600 slots, in pages of 16, and chunks of 1,024 tokens."""
+
+import pytest
+
+from flowprefill_testing import prompts
+from flowprefill_testing.clusters import wait_until
+from flowprefill_testing.direct import Answer, Pair
+from flowprefill_testing.http import at_once, generate
+
+pytestmark = pytest.mark.cluster
+
+POOL = 6_600
+
+
+def assert_right(answers: list[Answer], bodies: list[list[int]], stock_url: str) -> None:
+    for answer, body in zip(answers, bodies, strict=True):
+        assert answer.whole()["output_ids"] == generate(stock_url, input_ids=body)["output_ids"], len(body)
+
+
+@pytest.mark.parametrize("tightening", [True, False])
+def test_three_prompts_of_which_two_fit(tight: Pair, stock_url: str, tightening: bool) -> None:
+    """Each later one is more urgent, so that it is always the holders of memory who have to wait; and the reverse."""
+    bodies = [prompts.ids(3_000, 700 + n + 10 * tightening) for n in range(3)]
+    objectives = [90_000, 60_000, 30_000] if tightening else [30_000, 60_000, 90_000]
+    answers: list[Answer] = []
+    for number, (body, objective) in enumerate(zip(bodies, objectives, strict=True)):
+        answers.append(tight.ask(body, name=f"p{number}", ttft_slo_ms=objective))
+        tight.wait_for("arrived", answers[-1])
+    assert_right(answers, bodies, stock_url)
+
+
+def test_three_that_fit_only_alone(tight: Pair, stock_url: str) -> None:
+    bodies = [prompts.ids(6_000, 720 + n) for n in range(3)]
+    answers = [tight.ask(body, ttft_slo_ms=90_000 - 20_000 * n) for n, body in enumerate(bodies)]
+    assert_right(answers, bodies, stock_url)
+
+
+def test_many_half_prefilled(tight: Pair, stock_url: str) -> None:
+    """Four begin their chunks one after the other, each more urgent than those before it; a fifth and sixth wait."""
+    bodies = [prompts.ids(1_500, 730 + n) for n in range(4)] + [prompts.ids(2_500, 740), prompts.ids(5_000, 741)]
+    answers: list[Answer] = []
+    for number, body in enumerate(bodies):
+        answers.append(tight.ask(body, name=f"p{number}", ttft_slo_ms=90_000 - 10_000 * number))
+        tight.wait_for("arrived", answers[-1])
+    assert_right(answers, bodies, stock_url)
+
+
+def test_cached_prefixes_make_room(tight: Pair, stock_url: str) -> None:
+    """The pool is full of cached prompts; some are shared by those that come, the others have to go."""
+    cached = [prompts.ids(2_900, 750), prompts.ids(2_900, 751)]
+    for body in cached:
+        tight.ask(body).whole()
+    bodies = [cached[0] + prompts.ids(200, 752), prompts.ids(3_500, 753), cached[1] + prompts.ids(300, 754)]
+    answers = [tight.ask(body, ttft_slo_ms=60_000 - 20_000 * n) for n, body in enumerate(bodies)]
+    assert_right(answers, bodies, stock_url)
+
+
+def test_a_prompt_that_can_never_fit_is_refused(tight: Pair) -> None:
+    answer = tight.ask(prompts.ids(POOL + 200, 760))
+    status, document = answer.prefill.result(60)
+    assert status == 400, document
+    answer.decode.result(60)
+    assert tight.ask(prompts.ids(50)).whole()["output_ids"]
+
+
+@pytest.mark.parametrize("below", range(1, 60, 12))
+def test_a_prompt_at_the_edge_of_the_pool(tight: Pair, stock_url: str, below: int) -> None:
+    """Served or refused, but never left waiting, and nobody waits for it."""
+    body = prompts.ids(POOL - below, 770)
+    answer = tight.ask(body)
+    other = tight.ask(prompts.ids(60, 771 + below), ttft_slo_ms=90_000)
+    status, document = answer.prefill.result(60)
+    assert status in (200, 400), document
+    other.whole()
+    answer.decode.result(60)
+
+
+def test_a_burst_of_everything(tight: Pair, stock_url: str) -> None:
+    """Forty at once, of all sizes and objectives, a few of them aborted."""
+    sizes = [30, 200, 700, 1_030, 2_100, 3_300, 5_200, 6_100]
+    bodies = [prompts.ids(sizes[n % len(sizes)], 800 + n) for n in range(40)]
+    answers = [tight.ask(body, ttft_slo_ms=[50, 2_000, 20_000, 90_000][n % 4]) for n, body in enumerate(bodies)]
+    aborted = set(range(6, 40, 9))
+
+    def abort(number: int) -> None:
+        tight.wait_for("arrived", answers[number])
+        tight.control("/abort_request", {"rid": answers[number].rid})
+
+    at_once(abort, sorted(aborted))
+    for number, (answer, body) in enumerate(zip(answers, bodies, strict=True)):
+        answer.prefill.result(120), answer.decode.result(120)
+        if number not in aborted:
+            assert answer.whole()["output_ids"] == generate(stock_url, input_ids=body)["output_ids"], len(body)
+    wait_until(lambda: tight.load()["num_used_tokens"] == 0, timeout_s=30)

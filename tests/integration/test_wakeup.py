@@ -1,0 +1,162 @@
+"""Nothing that happens on another thread is slept through, forgotten or taken twice."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+from sglang.srt.disaggregation.base.conn import KVPoll
+
+from flowprefill_sglang.integration import wakeup
+from flowprefill_sglang.integration.wakeup import KvEvents, Wakeup
+from flowprefill_sglang.prefill_worker.boundaries import Gate
+
+LONG_S = 20.0
+"""A sleep that only a wake-up ends before the test's own patience does."""
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def bed(gate: Gate) -> Iterator[Wakeup]:
+    bed = Wakeup([], gate)
+    yield bed
+    bed.close()
+
+
+def seconds(function, *arguments: object) -> float:
+    began_at = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - began_at
+
+
+def test_a_call_before_the_sleep_is_not_lost(bed: Wakeup, gate: Gate) -> None:
+    bed.clear()
+    bed.now_please()
+    assert gate.is_raised
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_a_call_during_the_sleep_ends_it(bed: Wakeup) -> None:
+    asleep = threading.Event()
+    slept: list[float] = []
+
+    def sleep() -> None:
+        asleep.set()
+        slept.append(seconds(bed.wait, LONG_S))
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    assert asleep.wait(5)
+    bed.now_please()
+    sleeper.join(LONG_S)
+    assert slept[0] < LONG_S / 2
+
+
+def test_what_is_cleared_does_not_wake_again(bed: Wakeup, gate: Gate) -> None:
+    for _ in range(3):
+        bed.now_please()
+    bed.clear()
+    assert not gate.is_raised
+    assert seconds(bed.wait, 0.05) >= 0.04
+    bed.clear()  # with nothing to forget
+
+
+def test_a_message_wakes_until_it_is_read(gate: Gate) -> None:
+    with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+        for socket in (inbox, outbox):
+            socket.linger = 0
+        outbox.connect(f"tcp://127.0.0.1:{inbox.bind_to_random_port('tcp://127.0.0.1')}")
+        bed = Wakeup([inbox], gate)
+        try:
+            outbox.send(b"one")
+            outbox.send(b"two")
+            assert seconds(bed.wait, LONG_S) < LONG_S / 2
+            assert inbox.recv() == b"one"
+            bed.clear()
+            assert seconds(bed.wait, LONG_S) < LONG_S / 2, "a second message is still there"
+            assert inbox.recv() == b"two"
+            assert seconds(bed.wait, 0.05) >= 0.04
+        finally:
+            bed.close()
+
+
+# ---- handoffs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def events(bed: Wakeup) -> KvEvents:
+    events = KvEvents()
+    events.listen(bed)
+    return events
+
+
+@pytest.mark.parametrize("status", [KVPoll.WaitingForInput, KVPoll.Success, KVPoll.Failed])
+def test_changes_that_call_for_a_look_wake(events: KvEvents, gate: Gate, bed: Wakeup, status: KVPoll) -> None:
+    events.changed(7, status)
+    assert gate.is_raised
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+@pytest.mark.parametrize("status", [KVPoll.Bootstrapping, KVPoll.Transferring])
+def test_changes_that_call_for_nothing_do_not(events: KvEvents, gate: Gate, status: KVPoll) -> None:
+    events.changed(7, status)
+    assert not gate.is_raised
+
+
+def test_when_a_room_became_ready_is_kept_until_it_ends(events: KvEvents) -> None:
+    before = time.monotonic()
+    events.changed(7, KVPoll.WaitingForInput)
+    events.changed(8, KVPoll.WaitingForInput)
+    assert before <= events.ready_at[7] <= time.monotonic()
+    events.changed(7, KVPoll.Success)
+    events.changed(8, KVPoll.Failed)
+    assert not events.ready_at, "of a room whose request never came, too"
+    assert events.has_failure
+    assert events.ended_at is not None
+
+
+def test_a_failure_is_not_lost_to_a_success(events: KvEvents) -> None:
+    events.changed(8, KVPoll.Failed)
+    events.changed(7, KVPoll.Success)
+    assert events.has_failure
+
+
+def test_rooms_that_nobody_asks_for_do_not_pile_up(events: KvEvents) -> None:
+    for room in range(3 * wakeup.MAX_READY_ROOMS):
+        events.changed(room, KVPoll.WaitingForInput)
+    assert len(events.ready_at) <= wakeup.MAX_READY_ROOMS
+    assert 3 * wakeup.MAX_READY_ROOMS - 1 in events.ready_at, "the newest are kept"
+
+
+def test_without_a_loop_nothing_is_kept(events: KvEvents, gate: Gate) -> None:
+    events.changed(7, KVPoll.WaitingForInput)
+    gate.clear()
+    events.listen(None)
+    assert not events.ready_at
+    for status in (KVPoll.WaitingForInput, KVPoll.Success):
+        events.changed(7, status)
+    assert not gate.is_raised
+    assert not events.ready_at
+
+
+# ---- hooks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_this_process(bed: Wakeup) -> Iterator[None]:
+    wakeup.kv_events.listen(bed)
+    yield
+    wakeup.kv_events.listen(None)
+
+
+@pytest.mark.usefixtures("of_this_process")
+def test_every_status_change_of_a_manager_is_seen(gate: Gate) -> None:
+    after_update_status = wakeup.hooks()[0].function
+    assert after_update_status(None, object(), 7, KVPoll.WaitingForInput) is None
+    assert 7 in wakeup.kv_events.ready_at
+    assert gate.is_raised
