@@ -200,8 +200,11 @@ class Soak:
             return f"broken: {type(error).__name__}"
         if response.status != 200:
             return f"HTTP {response.status}"
-        if '"type":"abort"' in text.replace(" ", ""):
+        compact = text.replace(" ", "")
+        if '"type":"abort"' in compact:
             return "aborted"
+        if '"error":{' in compact:
+            return "error in a 200"
         if "data: [DONE]" in text or not text.startswith("data:"):
             return "complete"
         return "cut off"
@@ -313,7 +316,9 @@ def verdicts(soak: Soak, left: dict[str, Any]) -> dict[str, bool]:
     last = samples[-1]["scheduler"]
     return {
         "every request ended once here": sum(tally.ended.values()) == tally.sent,
-        "no answer was cut off or broken": not any(end.startswith(("broken", "cut off")) for end in tally.ended),
+        "no answer was cut off or broken": not any(
+            end.startswith(("broken", "cut off", "error in", "HTTP 5")) for end in tally.ended
+        ),
         "wrong requests were refused": all(
             set(tally.by_behaviour.get(name, {})) <= {"HTTP 400", "HTTP 413"}
             for name in ("bad_slo", "bad_body", "too_long")

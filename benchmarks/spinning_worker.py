@@ -12,6 +12,8 @@ from flowprefill_sglang.cli.main import main
 
 def leave_sleeping_alone() -> None:
     """Take back the one setting of the platform's."""
+    import sglang  # noqa: F401  # loads the platform; the other way round is an import cycle of SGLang's
+
     from flowprefill_sglang.integration.cpu_platform import TorchCpuPlatform
 
     set_defaults = TorchCpuPlatform.apply_server_args_defaults
@@ -24,8 +26,5 @@ def leave_sleeping_alone() -> None:
 
 
 if __name__ == "__main__":  # SGLang's other processes get their settings from this one
-    from flowprefill_sglang.integration.platform import activate
-
-    activate()
     leave_sleeping_alone()
     sys.exit(main())

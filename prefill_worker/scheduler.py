@@ -26,7 +26,7 @@ from itertools import count
 from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
-from flowprefill_sglang.core.policies import POLICIES
+from flowprefill_sglang.core.policies import POLICIES, feasible, sedf
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
 
@@ -131,6 +131,7 @@ class PrefillScheduler:
         self.predictor = predictor
         self.running: Task | None = None
         self._batching = batching
+        self._joins_in_sedf_order = POLICIES[policy] is feasible
         self._policy = with_aging(POLICIES[policy])
         self._promotions = Promotions(aging, now)
         self._in_deadline_order: list[Candidate] = []
@@ -258,7 +259,13 @@ class PrefillScheduler:
 
     def batch_of(self, head: Request, others: Iterable[Candidate], now: float, kv_room_tokens: int) -> list[Request]:
         """The requests of the head's forward pass: itself, and small waiting ones from ``others``, which is the rest of
-        the ranking. ``kv_room_tokens``: free KV for the new tokens of all."""
+        the ranking. ``kv_room_tokens``: free KV for the new tokens of all.
+
+        Under ``feasible``, others join in S-EDF order: that policy counts each request at what it takes alone, so it
+        has put some behind that a batch carries in time (docs/scheduling.md has the figures).
+        """
+        if self._joins_in_sedf_order:
+            others = sedf(self._in_deadline_order, now)
         batch = fill_batch(
             head.candidate,
             others,

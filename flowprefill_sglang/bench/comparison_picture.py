@@ -31,7 +31,7 @@ def draw_contestants(path: Path, contestants: Sequence[Contestant]) -> str:
         path,
         with_facts(panels, window),
         window,
-        title=f"The same requests under {names}" if len(recorded) > 1 else f"Prefills under {names}",
+        title=f"The same requests under {names}" if len(recorded) > 1 else f"Prefill tasks: {names}",
         about=(
             f"Shown: {shown}, the part with the most preemptions that fits {MAX_ROWS} lines a panel. "
             "All times are measured."

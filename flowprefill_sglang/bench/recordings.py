@@ -44,7 +44,9 @@ class Workers:
         """What each of them did in the last ``seconds``. Raises PeerFault when one does not say."""
         addresses = await self.addresses()
         async with self._session() as session:
-            return list(await asyncio.gather(*(_recording(session, url, seconds) for url in addresses.values())))
+            return list(
+                await asyncio.gather(*(_recording(session, url, seconds) for _, url in sorted(addresses.items())))
+            )
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)

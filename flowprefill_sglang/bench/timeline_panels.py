@@ -197,9 +197,9 @@ def with_facts(panels: Sequence[Panel], window: Window) -> list[Panel]:
     longest = longest_prompt(panels, window)
     titled = []
     for whole, part in zip(panels, shown, strict=True):
-        title = (
-            f"{part.title}: {part.preemptions(window)} preemptions, {part.late()} of {part.requests()} requests late"
-        )
+        preemptions = part.preemptions(window)
+        title = f"{part.title}: {preemptions} preemption{'' if preemptions == 1 else 's'}"
+        title += f", {part.late()} of {part.requests()} requests late"
         during = whole.count_during(longest.number) if longest else None
         if longest and during:
             title += f"; of {during[0]} that came during the prefill of #{longest.number}, {during[1]} late"

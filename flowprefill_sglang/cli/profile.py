@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +70,8 @@ def run_profile(namespace: argparse.Namespace) -> int:
 
 
 def _measure(model_path: Path, namespace: argparse.Namespace, console: Console) -> Profile:
-    with console.status(f"loading {model_path.name}"):
+    with console.status(f"loading {model_path.name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SGLang 0.5.23 warns of each kernel library that is not for this device
         from flowprefill_sglang.integration.cost_profile import Profiler
 
         profiler = Profiler(model_path, namespace.rest)

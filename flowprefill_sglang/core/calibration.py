@@ -85,7 +85,7 @@ def measure(
 ) -> list[Measurement]:
     """Measure single prompts of growing length, then ``others`` (default: ``grid``) as far as they fit into the time.
 
-    ``on_run`` is told the seconds of each run.
+    ``others`` must be within the limits. ``on_run`` is told the seconds of each run.
     """
     runs: dict[Batch, list[float]] = {}
     spent_s = 0.0
@@ -107,7 +107,7 @@ def measure(
     if not runs:
         raise ValueError(f"no prompt can be measured within {limits}")
     bound = _upper_bound(runs)
-    rest = [b for b in (grid(limits) if others is None else others) if limits.allow(b) and b not in runs]
+    rest = [b for b in (grid(limits) if others is None else others) if b not in runs]
     for batch in sorted(rest, key=bound):
         if bound(batch) <= CLIMB_SHARE * limits.budget_s and spent_s + bound(batch) <= limits.budget_s:
             runs[batch] = [run(batch)]
@@ -126,7 +126,7 @@ def grid(limits: Limits) -> list[Batch]:
     factor = limits.length_factor**2
     lengths = _lengths(limits.min_new_tokens, limits.max_new_tokens, factor)
     prefixes = _lengths(4 * limits.min_new_tokens, limits.max_request_tokens, factor)
-    batches = [(Extent(new, cached),) for new in lengths for cached in prefixes]
+    batches: list[Batch] = [(Extent(new, cached),) for new in lengths for cached in prefixes]
     batches += [
         (Extent(length),) * requests
         for requests in _lengths(2, limits.max_requests, limits.length_factor)

@@ -7,8 +7,8 @@ waiting, in ``chunked_req``, or in the running batch. With suspended tasks neith
 * abort: SGLang marks the requests of tasks too; those whose whole task is aborted are freed before the next turn;
 * flush_cache: refused, as while a batch runs (``is_fully_idle`` is False);
 * pause: every task under way ends first, as SGLang's running batch does; half-prefilled requests stay as they are;
-* weight update, LoRA load and unload, memory release and resume, in any form: everything begun ends first, half-prefilled
-  prompts included, so that no request sees two sets of weights;
+* weight update, LoRA load and unload, memory release and resume, in any form: everything begun ends first,
+  half-prefilled prompts included, so that no request sees two sets of weights;
 * health check: answered at once, as while a batch runs;
 * load: what is begun counts as running, and its tokens as still to be computed;
 * shutdown: the loop ends and discards what is suspended.

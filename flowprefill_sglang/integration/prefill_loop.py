@@ -204,9 +204,7 @@ class PrefillLoop:
         self._reqs[request] = req
         self._request_of[req] = request
         self._core.arrived(request)
-        # SGLang's stamp is of time.perf_counter(), which on Linux is the same clock.
-        ready_at = self._kv_events.ready_at.pop(req.bootstrap_room, 0.0)
-        self._has_news(max(req.time_stats.api_server_dispatch_time, ready_at))
+        self._has_news(max(terms.sent_at, self._kv_events.ready_at.pop(req.bootstrap_room, 0.0)))
         self._trigger = Trigger.ARRIVAL
         self._journal.arrived(request, terms.dispatch_rid, now)
 

@@ -111,6 +111,11 @@ def _adapt(scheduler: Scheduler, gate: Gate) -> None:
     """Settings of SGLang's scheduler that assume its own loop."""
     scheduler.idle_sleeper = None  # the loop has its own bed, which handoffs wake too
     scheduler.grammar_manager.SGLANG_GRAMMAR_POLL_INTERVAL = GRAMMAR_POLL_S
+    # SGLang's admission keeps up to a page and three tokens free beside a prompt, but its intake does not count them: a
+    # prompt that just fits into the pool would never be admitted, nor be refused, and would in time block all others.
+    intake, page_tokens = scheduler.disagg_prefill_bootstrap_queue, scheduler.page_size
+    admissible_tokens = scheduler.token_to_kv_pool_allocator.available_size() - page_tokens - 3
+    intake.max_input_len = min(intake.max_input_len, admissible_tokens // page_tokens * page_tokens)
     # Progress is boundaries: many forward passes may begin and none end for a while, or one long one run alone.
     scheduler.watchdog.get_counter = lambda: scheduler.forward_ct + gate.boundaries
     if getattr(scheduler, "soft_watchdog", None) is not None:

@@ -1,7 +1,7 @@
 """SGLang settings that a FlowPrefill prefill worker cannot run with: refused at start-up, each with what to do instead.
 
-A combination that is not known to be right is refused rather than tried: a suspended forward pass that meets state we do
-not move gives wrong KV without any error. Settings are those of SGLang 0.5.23, after its own resolution.
+A combination that is not known to be right is refused rather than tried: a suspended forward pass that meets state we
+do not move gives wrong KV without any error. Settings are those of SGLang 0.5.23, after its own resolution.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _scheduler(settings: Any) -> dict[str, bool]:
         ),
         f"--optimistic-prefill-attempts: a request is started once its decode instance is ready, not before; leave it "
         f"out, {STOCK}": settings.optimistic_prefill_attempts > 0,
-        f"--schedule-policy {settings.schedule_policy}: --scheduler-policy decides the order here; leave it out, {STOCK}": (
+        f"--schedule-policy {settings.schedule_policy}: --scheduler-policy decides here; leave it out, {STOCK}": (
             settings.schedule_policy != "fcfs"
         ),
         f"--scheduler-recv-interval above 1: events must be seen when they come; leave it out, {STOCK}": (

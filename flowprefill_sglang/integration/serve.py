@@ -41,8 +41,8 @@ SCHEDULER_FLAGS = ("--disable-overlap-schedule",)
 """What FlowPrefill's scheduler needs of SGLang: overlap keeps one batch's state in buffers of the next one."""
 
 CPU_SCHEDULER_FLAGS = ("--chunked-prefill-size", "16384")
-"""Chunks are there for memory only, since a forward pass can stop anywhere; a prompt that is longer than one is computed
-in several tasks. On a GPU SGLang's own default is right, since it sets memory aside for one chunk's activations. On a
+"""Chunks are there for memory only, since a forward pass can stop anywhere; a longer prompt is computed in several
+tasks. On a GPU SGLang's own default is right, since it sets memory aside for one chunk's activations. On a
 CPU that default is small, and torch_native attention computes a cached prefix again for each chunk."""
 
 

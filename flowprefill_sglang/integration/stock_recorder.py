@@ -1,4 +1,4 @@
-"""Watches SGLang's own prefill loop and reports it in the same events as FlowPrefill's, so that the two can be compared.
+"""Watches SGLang's own prefill loop and reports it in the same events as FlowPrefill's, for comparison.
 
 For ``--prefill-scheduler stock``. Nothing is changed: what runs, in which order and when is SGLang 0.5.23's doing. A
 stock batch is reported as a task that is never preempted. On an asynchronous device with SGLang's overlap scheduling a

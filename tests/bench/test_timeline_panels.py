@@ -219,7 +219,7 @@ def test_titles_count_what_is_shown() -> None:
     window = Window(start_at=0, end_at=6)
     (titled,) = with_facts([one], window)
     assert titled.title == (
-        "panel: 1 preemptions, 1 of 2 requests late; of 1 that came during the prefill of #1, 0 late"
+        "panel: 1 preemption, 1 of 2 requests late; of 1 that came during the prefill of #1, 0 late"
     )
     longest = longest_prompt([one], window)
     assert longest is not None

@@ -136,6 +136,9 @@ class TestDeadlines:
         assert prompts.fill(head, prompts.add(256, 1.12), third)[0] == [0, 2, 1]
         assert prompts.fill(head, prompts.add(256, 1.11), third)[0] == [0, 3]
 
+    def test_a_head_without_a_deadline_does_not_lift_the_others(self, prompts: Prompts) -> None:
+        assert prompts.fill(prompts.add(256, inf), prompts.add(256, 1.11), prompts.add(256, 9.0))[0] == [0, 1]
+
     def test_one_with_little_time_may_still_join(self, prompts: Prompts) -> None:
         assert prompts.fill(prompts.add(256, 9.0), prompts.add(256, 0.75), prompts.add(256, 9.0))[0] == [0, 1]
 

@@ -53,9 +53,10 @@ def test_a_short_calibration_predicts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in DEVICES if name != "a slow machine"])
-def test_it_keeps_to_its_time(name: str) -> None:
+@pytest.mark.parametrize("length_factor", [1.5, 4.0])
+def test_it_keeps_to_its_time(name: str, length_factor: float) -> None:
     device = Device(DEVICES[name])
-    calibrate(device, LIMITS)
+    calibrate(device, replace(LIMITS, length_factor=length_factor))
     assert 0.5 * LIMITS.budget_s < device.spent_s <= LIMITS.budget_s
 
 
@@ -65,16 +66,31 @@ def test_a_slow_machine_is_asked_no_more_than_needed() -> None:
     assert len(device.ran) == WARM_UP_RUNS + 3
 
 
+NARROW = Limits(
+    max_new_tokens=300, max_request_tokens=250, max_batch_tokens=400, max_requests=5, budget_s=1e9, length_factor=2.0
+)
+
+
 def test_nothing_beyond_the_limits_is_run() -> None:
-    small = Limits(max_new_tokens=100, max_request_tokens=150, max_batch_tokens=200, max_requests=3, budget_s=1e9)
     device = Device(DEVICES["a tiny model on a core"])
-    measure(device, small)
-    assert {len(batch) for batch in device.ran} == {1, 2}
+    measure(device, NARROW)
+    assert {len(batch) for batch in device.ran} == {1, 2, 4}
     assert any(extent.cached_tokens for batch in device.ran for extent in batch)
-    for batch in device.ran:
-        assert sum(extent.new_tokens for extent in batch) <= 100
-        assert all(extent.new_tokens + extent.cached_tokens <= 150 for extent in batch)
-        assert sum(extent.new_tokens + extent.cached_tokens for extent in batch) <= 200
+    assert all(NARROW.allow(batch) for batch in device.ran)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (Extent(301),),
+        (Extent(151), Extent(150)),
+        (Extent(1, 250),),
+        (Extent(50, 200), Extent(151)),
+        (Extent(1),) * 6,
+    ],
+)
+def test_what_the_limits_do_not_allow(batch: Batch) -> None:
+    assert not NARROW.allow(batch)
 
 
 def test_the_shortest_run_counts_and_warm_up_does_not() -> None:
@@ -97,7 +113,7 @@ def test_held_out_batches_are_none_of_the_grid() -> None:
     others = held_out(LIMITS, 60, random.Random(0))
     assert len(others) > 40
     assert not set(others) & {*grid(LIMITS)}
-    assert all(LIMITS.allow(batch) for batch in others)
+    assert all(NARROW.allow(batch) for batch in held_out(NARROW, 60, random.Random(0)))
     assert {len(batch) > 1 for batch in others} == {True, False}
     assert {any(extent.cached_tokens for extent in batch) for batch in others} == {True, False}
 

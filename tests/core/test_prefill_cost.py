@@ -139,6 +139,17 @@ def test_a_wrong_model_is_found_out() -> None:
     assert predictor.ratio == pytest.approx(10, rel=0.1)
 
 
+def test_a_change_after_a_long_quiet_time_is_followed() -> None:
+    """However small the usual error has become, the step must be able to grow again."""
+    predictor = Predictor(MODEL)
+    batch = (Extent(1000),)
+    for _ in range(500):
+        predictor.observe_batch(batch, MODEL.seconds(batch))
+    for _ in range(60):
+        predictor.observe_batch(batch, 4 * MODEL.seconds(batch))
+    assert predictor.seconds(batch) == pytest.approx(4 * MODEL.seconds(batch), rel=0.05)
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_correction_is_bounded(factor: float) -> None:
     predictor = Predictor(MODEL)

@@ -109,6 +109,12 @@ class Pair:
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
 
+    def give_up(self, answer: Answer) -> None:
+        """Abort the decode side of a request whose prefill side was refused: here no router does, and it would wait for
+        its own time-out."""
+        assert _control(self.decode_url, "/abort_request", {"rid": answer.rid})[0] == 200
+        answer.decode.result(60)
+
     # ---- the worker's own endpoints -----------------------------------------------------------------------------
 
     def events(self, *answers: Answer) -> list[dict]:
@@ -132,17 +138,15 @@ class Pair:
         _, document = get(f"{self.prefill_url}/v1/loads")
         return document["loads"][0]
 
-    def used_tokens(self) -> int:
-        """KV slots in use by requests, cached prefixes not counted, as SGLang's ``/metrics`` has it."""
-        _, _, body = request("GET", f"{self.prefill_url}/metrics")
-        values = [line for line in body.decode().splitlines() if line.startswith("sglang:num_used_tokens{")]
-        return int(float(values[0].rsplit(" ", 1)[1])) if values else 0
-
     def control(self, path: str, document: object | None = None, method: str = "POST") -> tuple[int, str]:
         """One of SGLang's control requests to the prefill worker."""
-        body = json.dumps(document).encode() if document is not None else b""
-        status, _, answer = request(method, f"{self.prefill_url}{path}", body, {"content-type": "application/json"})
-        return status, answer.decode()
+        return _control(self.prefill_url, path, document, method)
+
+
+def _control(url: str, path: str, document: object | None = None, method: str = "POST") -> tuple[int, str]:
+    body = json.dumps(document).encode() if document is not None else b""
+    status, _, answer = request(method, f"{url}{path}", body, {"content-type": "application/json"})
+    return status, answer.decode()
 
 
 class DirectWorkers:

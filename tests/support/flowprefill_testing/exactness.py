@@ -8,6 +8,7 @@ each. ``:broken`` after that leaves out one saved thing after the other too. It 
 # ruff: noqa: E402  what must be set before the imports is set before the imports
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -174,6 +175,7 @@ def held_over_bound(bench: Bench, lengths: Sequence[int]) -> float:
     mode = LiveBytes()
 
     def look() -> bool:
+        gc.collect()  # what only a cycle of Python objects still names is free for the taking
         at_boundaries.append(mode.living())
         return False
 

@@ -1,21 +1,16 @@
-"""What the scheduling rules of docs/scheduling.md were chosen by, and how long a round takes. No worker, no GPU.
+"""What the scheduling rules of docs/scheduling.md were chosen by: one preemptive machine in simulation, under the
+policies, under the aging limits, and with batches. No worker, no GPU; a seed gives the same figures everywhere.
 
-Three parts: one preemptive machine in simulation under the aging limits, the same with batches, and the processor time
-of a whole round (aging, policy, batch) over queues of 10, 100 and 1,000.
-
-    python benchmarks/scheduling.py --json result.json
+    python benchmarks/scheduling_rules.py --json result.json
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,8 +37,6 @@ MIXED_PROMPTS = (
     JobClass(objective_s=4.0, median=4000, share=0.2),
     JobClass(objective_s=6.0, median=12000, share=0.1),
 )
-SPANS_S = {"burst": 0.2, "mixed": 6.0, "backlog": 120.0}
-"""Over how long the queue of a timed round has arrived."""
 
 
 def aged(policy: Policy, limits: AgingLimits) -> Decide:
@@ -115,63 +108,14 @@ def serve_in_batches(
     return serve(jobs, POLICIES[name], gather)
 
 
-def queue(count: int, seed: int, span_s: float, now: float) -> tuple[list[Candidate], list[Extent]]:
-    source = random.Random(seed)
-    candidates, extents = [], []
-    for key in range(count):
-        [one] = source.choices(MIXED_PROMPTS, [each.share for each in MIXED_PROMPTS])
-        extents.append(Extent(max(8, int(source.lognormvariate(0, 0.8) * one.median))))
-        arrived_at = now - source.random() * span_s
-        seconds = MODEL.seconds(extents[-1:])
-        candidates.append(
-            Candidate(key=key, arrived_at=arrived_at, deadline_at=arrived_at + one.objective_s, remaining_s=seconds)
-        )
-    return sorted(candidates, key=Candidate.order), extents
-
-
-def round_rows(rounds: int) -> list[dict[str, Any]]:
-    return [
-        {"part": "round", "queue": name, "waiting": count, "policy": policy} | round_time(policy, count, span_s, rounds)
-        for name, span_s in SPANS_S.items()
-        for count in (10, 100, 1000)
-        for policy in POLICIES
-    ]
-
-
-def round_time(policy: str, count: int, span_s: float, rounds: int) -> dict[str, float]:
-    """Milliseconds, by the thread's own clock and by the wall's."""
-    now, limits, decide = 1000.0, BatchLimits(), with_aging(POLICIES[policy])
-    thread_ms, wall_ms = [], []
-    for seed in range(rounds):
-        candidates, extents = queue(count, seed % 10, span_s, now)
-        promotions = Promotions(AgingLimits(), now)
-        extent_of = partial(lambda extents, one: extents[one.key], extents)
-        thread, wall = time.thread_time_ns(), time.perf_counter_ns()
-        promotions.promote(candidates, now)
-        head = decide(candidates, now)[0]
-        joiners = sedf(candidates, now)
-        fill_batch(
-            head, joiners, now, extent_of=extent_of, predict=MODEL.seconds, kv_room_tokens=1 << 30, limits=limits
-        )
-        thread_ms.append((time.thread_time_ns() - thread) / 1e6)
-        wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
-    return {
-        f"{clock}_{name}_ms": round(quantiles(values, n=100, method="inclusive")[percent - 1], 4)
-        for clock, values in (("thread", thread_ms), ("wall", wall_ms))
-        for name, percent in (("p50", 50), ("p99", 99))
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     seeds = range(arguments.seeds)
-    rows = round_rows(arguments.rounds)
-    rows += aging_rows(seeds, arguments.requests) + batching_rows(seeds, arguments.requests)
+    rows = aging_rows(seeds, arguments.requests) + batching_rows(seeds, arguments.requests)
     for row in rows:
         print(*(f"{key} {value}" for key, value in row.items()))
     if arguments.json is not None:
