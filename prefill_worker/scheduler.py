@@ -229,7 +229,7 @@ class PrefillScheduler:
         """The running task's forward pass has ended. Requests of which a part remains are HALF_PREFILLED again."""
         task = self._pause(now)
         self._drop(task)
-        self.predictor.observe(task.predicted_s, task.executed_s)
+        self.predictor.observe_batch(task.extents, task.executed_s)
         if abs(self.predictor.ratio / self._predicted_with_ratio - 1.0) > RATIO_STEP:
             self._predict_anew()
         for request, extent in zip(task.requests, task.extents, strict=True):

@@ -57,6 +57,7 @@ class ForwardTask(Generic[Result]):
         self._gate = gate
         self._state = state
         self._greenlet = greenlet(self._body)
+        self._hub = getcurrent()
         self._saved: object = None
         self._results: list[Result] = []
         self.is_over = False
@@ -102,7 +103,7 @@ class ForwardTask(Generic[Result]):
     def _switch(self, *, to_end_it: bool) -> bool:
         """Change to the task and back, with the shared state: let it run, or throw GreenletExit into it."""
         state, task = self._state, self._greenlet
-        task.parent = getcurrent()  # where an end or an exception leads
+        task.parent = self._hub = getcurrent()  # where a stop, an end and an exception lead
         hubs = state.save()
         if task:
             saved, self._saved = self._saved, None
@@ -133,7 +134,7 @@ class ForwardTask(Generic[Result]):
             return
         self._saved = self._state.save()
         self.suspensions += 1
-        self._greenlet.parent.switch()
+        self._hub.switch()
 
     def _end(self) -> None:
         self.is_over = True

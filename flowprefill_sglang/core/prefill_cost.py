@@ -137,11 +137,6 @@ class Predictor:
         if predicted_s > 0:
             self._learn([part / predicted_s for part in parts], predicted_s, measured_s)
 
-    def observe(self, predicted_s: float, measured_s: float) -> None:
-        """Learn from one forward of which only the total is known, as one like the last ones: less is learned than by
-        ``observe_batch``. ``predicted_s`` is what ``seconds`` had said."""
-        self._learn(self._usual_shares, predicted_s, measured_s)
-
     def _learn(self, shares: list[float], predicted_s: float, measured_s: float) -> None:
         if not (0 < predicted_s < math.inf and 0 < measured_s < math.inf):
             return

@@ -32,7 +32,7 @@ def activation_bytes(
     width = (
         LAYER_WIDTHS * model_config.hidden_size + max(_attention(model_config), _feed_forward(model_config)) // tp_size
     )
-    return new_tokens * (width * item_bytes + INDEX_BYTES) + cached_tokens * CACHED_INDEX_BYTES
+    return int(new_tokens * (width * item_bytes + INDEX_BYTES) + cached_tokens * CACHED_INDEX_BYTES)
 
 
 def _attention(config: Any) -> int:

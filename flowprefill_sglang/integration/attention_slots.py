@@ -49,7 +49,7 @@ class AttentionSlots:
         Raises StartupError when SGLang's runner is not as expected.
         """
         runner = self._runner
-        eager = getattr(runner, "eager_runner", None)
+        eager: Any = getattr(runner, "eager_runner", None)
         original = getattr(eager, "_execute_extend", None)
         if original is None or not hasattr(runner, "attn_backend"):
             raise StartupError(

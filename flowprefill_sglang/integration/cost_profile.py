@@ -15,7 +15,9 @@ from flowprefill_sglang.core.cost_fit import Sample, errors, fit
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.errors import BadInput, StartupError
 from flowprefill_sglang.integration.cost_model import hardware_key, limits, model_key
+from flowprefill_sglang.integration.cpu_arithmetic import flush_denormals
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
+from flowprefill_sglang.integration.platform import has_accelerator
 from flowprefill_sglang.integration.profiling import ForwardTimer
 
 HELD_OUT_BATCHES: Final = 40
@@ -76,6 +78,8 @@ class Profiler:
                     f"--{flag.replace('_', '-')}: a profile is made in one process; start the prefill worker without "
                     "one, it then calibrates itself on all its ranks"
                 )
+        if not has_accelerator():
+            flush_denormals()  # as in a worker
         try:
             self._engine = OfflineEngine(str(model_path), **settings)
         except (ValueError, AssertionError, NotImplementedError, OSError) as error:

@@ -103,7 +103,8 @@ def _resolve(name: str) -> type:
 
 def _with_subclasses(cls: type) -> Iterator[type]:
     yield cls
-    for subclass in cls.__subclasses__():
+    below: list[type] = cls.__subclasses__()
+    for subclass in below:
         yield from _with_subclasses(subclass)
 
 

@@ -32,7 +32,13 @@ def register() -> None:
 
 
 def _register() -> None:
-    from flowprefill_sglang.integration import cpu_disaggregation, platform, request_terms, transfer_backend
+    from flowprefill_sglang.integration import (
+        cpu_arithmetic,
+        cpu_disaggregation,
+        platform,
+        request_terms,
+        transfer_backend,
+    )
 
     # The eager runner otherwise copies each batch's inputs into one static buffer per process, which a suspended
     # forward would share with the running one. Inherited by the scheduler processes.
@@ -44,7 +50,7 @@ def _register() -> None:
     if settings is not None:
         hooks += _scheduler_hooks(settings)
     if not platform.has_accelerator():
-        hooks += cpu_disaggregation.hooks()
+        hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks()]
         checks.append(cpu_disaggregation.check)
     register_hooks(hooks)
     verify_when_applied(hooks, checks)

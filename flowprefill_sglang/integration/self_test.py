@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,8 +74,7 @@ class _Run:
         gate.raise_flag()  # stop at every boundary
         try:
             for requests in batches:
-                batch = self._batch(requests)
-                tasks.append(ForwardTask(lambda batch=batch: self._forward(batch), gate, state))
+                tasks.append(ForwardTask(partial(self._forward, self._batch(requests)), gate, state))
             for task in cycle(tasks):
                 if all(task.is_over for task in tasks):
                     break

@@ -23,7 +23,6 @@ LONG = 8_000
 def test_whichever_side_comes_last_wakes_the_loop(roomy: Pair, stock_url: str, late: str, is_busy: bool) -> None:
     seed = 900 + 2 * is_busy + (late == "decode")
     body = prompts.ids(80, seed)
-    long = roomy.ask(prompts.ids(LONG, seed), name="long", ttft_slo_ms=60_000) if is_busy else None
     go = threading.Event()
     urgent = roomy.ask(
         body,
@@ -35,6 +34,7 @@ def test_whichever_side_comes_last_wakes_the_loop(roomy: Pair, stock_url: str, l
     )
     if late == "decode":
         wait_until(lambda: roomy.load()["disaggregation"]["prefill_bootstrap_queue_reqs"] == 1, timeout_s=20)
+    long = roomy.ask(prompts.ids(LONG, seed), name="long", ttft_slo_ms=60_000) if is_busy else None
     if long is not None:
         roomy.wait_for("started", long)
     sent_at = time.monotonic()

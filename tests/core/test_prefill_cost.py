@@ -165,17 +165,7 @@ def test_what_teaches_nothing(measured_s: float) -> None:
     before = predictor.seconds((Extent(64),))
     predictor.observe_batch((Extent(64),), measured_s)
     predictor.observe_batch((), 1.0)
-    predictor.observe(before, measured_s)
     assert (predictor.seconds((Extent(64),)), predictor.ratio) == (before, 1.0)
-
-
-def test_totals_alone_teach_too() -> None:
-    predictor = Predictor(MODEL)
-    rng = random.Random(1)
-    for _ in range(100):
-        batch = some_batch(rng)
-        predictor.observe(predictor.seconds(batch), 1.5 * MODEL.seconds(batch))
-    assert predictor.ratio == pytest.approx(1.5, rel=0.02)
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.1, 1.1])
