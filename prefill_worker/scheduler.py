@@ -26,7 +26,7 @@ from itertools import count
 from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
-from flowprefill_sglang.core.policies import POLICIES, feasible, sedf
+from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
 
@@ -265,7 +265,7 @@ class PrefillScheduler:
         has put some behind that a batch carries in time (docs/scheduling.md has the figures).
         """
         if self._joins_in_sedf_order:
-            others = sedf(self._in_deadline_order, now)
+            others = in_sedf_order(self._in_deadline_order, now)
         batch = fill_batch(
             head.candidate,
             others,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from operator import attrgetter
 from types import MappingProxyType
@@ -56,12 +56,19 @@ def sedf(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
     all of them together have none is not seen, as ``feasible`` sees it. The order is that of the quotients for
     deadlines after the clock's zero, but none is computed, so it does not depend on where that zero is.
     """
-    on_time: list[Candidate] = []
+    return list(in_sedf_order(candidates, now))
+
+
+def in_sedf_order(candidates: Sequence[Candidate], now: float) -> Iterator[Candidate]:
+    """``sedf``, one by one: for a caller that needs only the first few."""
     late: list[Candidate] = []
     for candidate in candidates:
-        (on_time if candidate.deadline_at - now >= candidate.remaining_s else late).append(candidate)
+        if candidate.deadline_at - now >= candidate.remaining_s:
+            yield candidate
+        else:
+            late.append(candidate)
     late.sort(key=_deadline_at, reverse=True)  # keeps the order of equals, as reverse=True does and reversed() does not
-    return on_time + late
+    yield from late
 
 
 def srpt(candidates: Sequence[Candidate], now: float) -> list[Candidate]:

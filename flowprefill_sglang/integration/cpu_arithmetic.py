@@ -1,9 +1,9 @@
 """Denormal numbers are taken for zero in SGLang's scheduler processes on a CPU.
 
-SGLang 0.5.23's torch_native attention computes as many redundant queries as a prompt has cached tokens, from memory that
-nobody has written (``torch.empty``), and throws the results away. When that memory holds denormals, which CPUs handle
-in microcode, a forward pass takes up to thirty times as long: 16 new and 1,024 cached tokens took between 31 and 1,008 ms
-here, and with denormals flushed 31 to 39. Results do not change but for values below 1e-38.
+SGLang 0.5.23's torch_native attention computes as many redundant queries as a prompt has cached tokens, from memory
+that nobody has written (``torch.empty``), and throws the results away. When that memory holds denormals, which CPUs
+handle in microcode, a forward pass takes up to thirty times as long: 16 new and 1,024 cached tokens took between 31 and
+1,008 ms here, and with denormals flushed 31 to 39. Results do not change but for values below 1e-38.
 """
 
 from __future__ import annotations

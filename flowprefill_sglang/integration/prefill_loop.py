@@ -283,14 +283,16 @@ class PrefillLoop:
         """Let a task that is under way run, the running one or a suspended one."""
         if task is self._core.running:
             return
-        self._preempt_for(task.requests, now)
+        self._preempt_for(task.requests)
         self._journal.resumed(task, self._core.resumed(task, now), now)
 
-    def _preempt_for(self, requests: Sequence[Request], now: float) -> None:
+    def _preempt_for(self, requests: Sequence[Request]) -> None:
         if self._core.running is None:
             return
-        blocking_s = max(0.0, self._stopped_at - (self._news_at or self._stopped_at))
-        self._journal.preempted(self._core.preempted(now), requests, blocking_s, now)
+        # It stopped before this round began, and what the round has taken since is not its running time.
+        stopped_at = self._stopped_at
+        blocking_s = max(0.0, stopped_at - (self._news_at or stopped_at))
+        self._journal.preempted(self._core.preempted(stopped_at), requests, blocking_s, stopped_at)
 
     def _try_start(self, candidate: Candidate, others: Sequence[Candidate], room: Room, now: float) -> bool:
         """Start the forward pass of a request, with others if it is small; False when memory does not admit it."""
@@ -317,7 +319,7 @@ class PrefillLoop:
     def _start(self, batch: Batch) -> None:
         requests = [self._request_of[req] for req in batch.reqs]
         now = time.monotonic()
-        self._preempt_for(requests, now)
+        self._preempt_for(requests)
         extents = []
         for request, req in zip(requests, batch.reqs, strict=True):
             request.cached_tokens = req.prefix_len

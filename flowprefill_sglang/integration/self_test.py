@@ -73,8 +73,7 @@ class _Run:
         tasks: list[ForwardTask[torch.Tensor]] = []
         gate.raise_flag()  # stop at every boundary
         try:
-            for requests in batches:
-                tasks.append(ForwardTask(partial(self._forward, self._batch(requests)), gate, state))
+            tasks += [ForwardTask(partial(self._forward, self._batch(requests)), gate, state) for requests in batches]
             for task in cycle(tasks):
                 if all(task.is_over for task in tasks):
                     break

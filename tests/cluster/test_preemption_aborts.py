@@ -11,7 +11,7 @@ from flowprefill_testing.http import generate
 
 pytestmark = pytest.mark.cluster
 
-LONG = 8_000
+LONG = 6_000
 
 
 def abort(worker: Pair, answer: Answer) -> None:

@@ -15,7 +15,7 @@ from flowprefill_testing.http import generate
 
 pytestmark = pytest.mark.cluster
 
-LONG = 8_000
+LONG = 6_000
 
 
 @pytest.mark.parametrize("late", ["decode", "prefill"])

@@ -121,3 +121,12 @@ def test_held_out_batches_are_none_of_the_grid() -> None:
 def test_limits_that_leave_nothing() -> None:
     with pytest.raises(ValueError, match="no prompt can be measured"):
         calibrate(Device(DEVICES["a slow machine"]), replace(LIMITS, max_new_tokens=8))
+
+
+def test_a_machine_that_nothing_describes_gets_a_model_of_the_right_order() -> None:
+    """Times between a millisecond and ten seconds whatever is run: for some of these no costs above 0 fit best."""
+    limits = replace(LIMITS, max_new_tokens=1023)
+    for seed in range(60):
+        rng = random.Random(seed)
+        model = calibrate(lambda batch, rng=rng: 10 ** rng.uniform(-3, 1), limits)
+        assert 0 < model.seconds((Extent(256),)) < 60

@@ -84,7 +84,7 @@ def test_predictions_of_waiting_requests_follow_what_was_measured() -> None:
     core.arrived(waiting)
     start(core, first, now=0.0)
     core.finished(2.0)  # twice as long as predicted
-    assert waiting.candidate.remaining_s == pytest.approx(core.predictor.ratio)
+    assert waiting.candidate.remaining_s == pytest.approx(core.predictor.seconds((waiting.extent,)))
     assert waiting.candidate.remaining_s > 1.05
 
 

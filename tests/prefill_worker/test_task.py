@@ -204,7 +204,7 @@ def test_a_mode_that_was_changed_outside_of_tasks_is_an_error(world: World) -> N
     world.state.mode = "changed"
     with pytest.raises(InternalError, match="changed"):
         task.advance()
-    assert not task.is_over
+    assert not task.is_started
 
 
 def test_a_mode_that_a_task_leaves_changed_is_an_error(world: World) -> None:
