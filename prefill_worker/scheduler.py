@@ -278,13 +278,17 @@ class PrefillScheduler:
         return [self._requests[candidate] for candidate in batch.members]
 
     def first_begun(self, *, half_prefilled: bool) -> Candidate | None:
-        """A task, or with ``half_prefilled`` a half-prefilled request; the running task before all others."""
+        """The running task, or else a suspended one, or else with ``half_prefilled`` a half-prefilled request: its next
+        chunk may need what tasks hold."""
         if self.running is not None:
             return self.running.candidate
+        half: Candidate | None = None
         for candidate in self._in_deadline_order:
-            if candidate in self._tasks or (half_prefilled and candidate.standing is Standing.HALF_PREFILLED):
+            if candidate in self._tasks:
                 return candidate
-        return None
+            if half is None and half_prefilled and candidate.standing is Standing.HALF_PREFILLED:
+                half = candidate
+        return half
 
     def claims(self) -> Iterator[int]:
         """Tokens that each begun prompt still needs after its current forward pass; those that need none left out."""

@@ -116,6 +116,8 @@ def _of_every_forward(model_runner: ModelRunner) -> list[Item]:
 
 def _restore_bag(bag: Any, fields: dict[str, Any]) -> None:  # a configuration namespace of SGLang
     now = object.__getattribute__(bag, "_fields")
+    if now == fields:  # nearly always; some hundred values are compared by identity first
+        return
     for name, value in fields.items():
         if now[name] is not value:
             bag._set(name, value)

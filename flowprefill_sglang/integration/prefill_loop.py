@@ -383,3 +383,7 @@ class PrefillLoop:
         in_tasks = [req for begun in self._begun.values() for req in begun.batch.reqs]
         half = [req for request, req in self._reqs.items() if request.candidate.standing is Standing.HALF_PREFILLED]
         return in_tasks + half
+
+    def adapters_in_use(self) -> set[str | None]:
+        """LoRA adapters, None for the base model, of every forward pass under way."""
+        return {req.lora_id for begun in self._begun.values() for req in begun.batch.reqs}

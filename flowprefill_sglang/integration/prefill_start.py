@@ -53,11 +53,13 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.core.prefill_cost import Predictor
     from flowprefill_sglang.integration.attention_slots import AttentionSlots
     from flowprefill_sglang.integration.cost_model import cost_model
-    from flowprefill_sglang.integration.forward_state import ForwardState
+    from flowprefill_sglang.integration.forward_state import ForwardState, obstacles
+    from flowprefill_sglang.integration.lora_slots import hold_adapters
     from flowprefill_sglang.integration.operator_boundaries import ensure_boundaries, install
     from flowprefill_sglang.integration.prefill_control import control
     from flowprefill_sglang.integration.prefill_loop import PrefillLoop
     from flowprefill_sglang.integration.prefill_memory import PrefillMemory
+    from flowprefill_sglang.integration.self_test import interruption_fault
     from flowprefill_sglang.integration.wakeup import kv_events
     from flowprefill_sglang.prefill_worker.boundaries import Gate
     from flowprefill_sglang.prefill_worker.reporter import from_environment
@@ -72,8 +74,12 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
             f"{type(model_runner.model).__name__} has no operator that FlowPrefill knows, so its forward pass cannot "
             "be interrupted; use --prefill-scheduler stock"
         )
-    slots = AttentionSlots(model_runner, gate)
-    slots.install()
+    AttentionSlots(model_runner, gate).install()
+    state = ForwardState(model_runner, stage_metrics=scheduler.scheduler_stage_metrics)
+    reason = "; ".join(obstacles()) or interruption_fault(scheduler, gate, state)
+    if reason:
+        logger.error("forward passes run whole, one after the other, in FlowPrefill's order: %s", reason)
+        gate = Gate()  # which no operator crosses
     core = PrefillScheduler(
         Predictor(cost_model(scheduler, settings.cost_file)),
         policy=settings.policy,
@@ -88,12 +94,14 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         scheduler,
         core,
         gate=gate,
-        state=ForwardState(model_runner, stage_metrics=scheduler.scheduler_stage_metrics),
+        state=state,
         reporter=from_environment(),
         kv_events=kv_events,
         memory=PrefillMemory(scheduler, settings),
         settings=settings,
     )
+    if model_runner.lora_manager is not None:
+        hold_adapters(model_runner.lora_manager, loop.adapters_in_use)
     logger.info(
         "FlowPrefill schedules this worker: policy %s, %d boundaries a forward pass%s",
         settings.policy,

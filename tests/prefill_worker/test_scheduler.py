@@ -68,6 +68,19 @@ def test_a_finished_chunk_leaves_its_request_half_prefilled_with_less_to_do() ->
     assert core.request_of(prompt.candidate) is prompt
 
 
+def test_suspended_tasks_end_before_half_prefilled_prompts_go_on() -> None:
+    """What the tasks hold may be what the next chunk needs."""
+    core = scheduler()
+    half, late = request("half", 3000, due=10.0), request("late", 1000, due=100.0)
+    core.arrived(half)
+    start(core, half, now=0.0, tokens=1000)
+    core.finished(1.0)
+    core.arrived(late)
+    task = start(core, late, now=1.0)
+    core.preempted(1.5)
+    assert core.first_begun(half_prefilled=True) is task.candidate
+
+
 def test_a_task_that_outlasts_its_prediction_is_still_taken_for_unfinished() -> None:
     core = scheduler()
     prompt = request("prompt", 1000)
