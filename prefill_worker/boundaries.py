@@ -7,19 +7,16 @@ runs. Nothing is decided here: an event leads back to the scheduler's loop, and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 
 class Gate:
     """What a boundary checks; one per scheduler process."""
 
-    __slots__ = ("_clock", "_every_s", "_poll", "_poll_at", "_suspend", "boundaries", "is_closed", "is_raised")
+    __slots__ = ("_poll", "_suspend", "boundaries", "is_closed", "is_raised")
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._poll: Callable[[], bool] | None = None
-        self._every_s = self._poll_at = 0.0
         self._suspend: Callable[[], None] | None = None
         self.is_raised = False
         """Whether an event wants a scheduling round."""
@@ -36,23 +33,20 @@ class Gate:
         """Lower the flag. The loop must do this before it looks at what happened, or it loses what happens between."""
         self.is_raised = False
 
-    def watch(self, poll: Callable[[], bool] | None, every_s: float = 0.0) -> None:
-        """Ask ``poll`` too at boundaries where the flag is down; True is an event. None: the flag alone.
+    def watch(self, poll: Callable[[], bool] | None) -> None:
+        """Ask ``poll`` too at every boundary where the flag is down; True is an event. None: the flag alone.
 
-        It runs inside of the task, so it must be quick and change nothing. ``every_s`` is the least time between two
-        calls, for one that is not free: a look at a ZeroMQ socket is a system call, which costs 1 to 20 µs, and small
-        models come to a boundary every half millisecond.
+        It runs inside of the task, so it must change nothing, and cost nothing: small models come to a boundary every
+        half millisecond, and a look at a ZeroMQ socket, a system call, takes up to 30 µs there.
         """
         self._poll = poll
-        self._every_s = every_s
-        self._poll_at = 0.0
 
     def cross(self) -> None:
         """Stop the running task here if an event is pending. Returns at once when nothing may stop here."""
         if self.is_closed:
             return
         self.boundaries += 1
-        if self._suspend is not None and (self.is_raised or self._has_event()):
+        if self._suspend is not None and (self.is_raised or (self._poll is not None and self._poll())):
             self._suspend()
 
     def open(self, suspend: Callable[[], None]) -> None:
@@ -64,13 +58,3 @@ class Gate:
         """No task is running any more."""
         self._suspend = None
         self.is_closed = True
-
-    def _has_event(self) -> bool:
-        if self._poll is None:
-            return False
-        if self._every_s:
-            now = self._clock()
-            if now < self._poll_at:
-                return False
-            self._poll_at = now + self._every_s
-        return self._poll()

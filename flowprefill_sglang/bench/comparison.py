@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from flowprefill_sglang.bench.experiment import Result
 from flowprefill_sglang.bench.probe import EngineSettings
-from flowprefill_sglang.bench.report import ClassReport, Report, to_document
+from flowprefill_sglang.bench.report import ClassReport, Report, percentile, to_document
 from flowprefill_sglang.bench.timeline_panels import Panel, RequestMarks, panel, timeline_on
 from flowprefill_sglang.observe.events import TaskPreempted
 from flowprefill_sglang.observe.recording import Recording
 
+UNEVEN_RATIO = 1.25
+"""Repeated medians on a quiet machine stay well below."""
 NAMES = {"flowprefill": "FlowPrefill", "stock": "stock SGLang"}
 
 
@@ -57,6 +60,16 @@ class Contestant:
             if segment.is_running
         ]
         return sum(running) / (wall_s * len(self.recordings)) if running and wall_s > 0 else math.nan
+
+    def after_prefill_ms(self) -> list[float]:
+        """Of each complete answer whose prefill was recorded: from the prefill's end to the client's first token."""
+        return [
+            1_000 * (request.first_token_at - task.end_at)
+            for task in self.panel().tasks
+            if task.segments and task.segments[-1].is_running  # else its end was not recorded
+            for request in task.requests
+            if request.first_token_at is not None and request.chunk == request.chunks
+        ]
 
     def panel(self) -> Panel:
         """Its timeline, in seconds since the start of the load, with the client's own view of who was late."""
@@ -116,10 +129,31 @@ def facts(one: Contestant, other: Contestant) -> str:
     return f"{count}{met}{other.name}; {preempted}, {other.name} {other.preemptions} times."
 
 
+def unevenness(one: Contestant, other: Contestant) -> str | None:
+    """A warning when single requests took another time in one run than in the other; None when they did not.
+
+    The machine was then not the same for both, or one scheduler costs time even when nothing contends.
+    """
+    measured = [contestant.result.prepared.isolated_ttft_s for contestant in (one, other)]
+    ratios = [median(measured[0][name]) / median(measured[1][name]) for name in measured[0] if name in measured[1]]
+    if not ratios or max(median(ratios), 1 / median(ratios)) < UNEVEN_RATIO:
+        return None
+    return (
+        f"single requests took {median(ratios):.2f} times as long in {one.name}'s run as in {other.name}'s: this "
+        "machine was not equally free in both, or one of them costs time even when nothing contends"
+    )
+
+
 def outline(contestant: Contestant) -> str:
     """One run as a whole, in a sentence."""
     report, busy = contestant.result.report, contestant.busy_share
-    workers = "" if math.isnan(busy) else f"; prefill workers computed {100 * busy:.0f}% of the time"
+    workers = ""
+    if not math.isnan(busy):
+        p50_ms, p99_ms = (percentile(contestant.after_prefill_ms(), percent) for percent in (50, 99))
+        workers = (
+            f"; prefill workers computed {100 * busy:.0f}% of the time, and the first token came {_ms(p50_ms)} ms "
+            f"(p50), {_ms(p99_ms)} ms (p99) after the end of the prefill"
+        )
     return (
         f"{report.succeeded} of {report.requests} requests succeeded in {report.wall_s:.1f} s, "
         f"{report.attained / report.wall_s:.2f} per second within their objective{workers}"
@@ -136,10 +170,12 @@ def comparison_document(contestants: Sequence[Contestant], timeline: str | None)
 
 def _scheduler_document(contestant: Contestant) -> dict[str, Any]:
     result = contestant.result
-    busy = contestant.busy_share
+    busy, after_prefill_ms = contestant.busy_share, contestant.after_prefill_ms()
+    percentiles = {f"p{percent}": percentile(after_prefill_ms, percent) for percent in (50, 90, 99)}
     return to_document(result.report, result.prepared.objectives) | {
         "preemptions": contestant.preemptions,
         "busy_share": None if math.isnan(busy) else round(busy, 4),
+        "after_prefill_ms": {key: round(value, 2) for key, value in percentiles.items() if not math.isnan(value)},
         "events_lost": sum(recording.lost for recording in contestant.recordings),
         "isolated_ttft_ms": {
             name: [round(1_000 * ttft_s, 2) for ttft_s in measured]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowprefill_sglang.bench.comparison import Contestant
-from flowprefill_sglang.bench.timeline_panels import most_telling_window, with_facts
+from flowprefill_sglang.bench.timeline_panels import with_facts
 from flowprefill_sglang.bench.timeline_plot import draw_timeline
+from flowprefill_sglang.bench.timeline_window import most_telling_window
 from flowprefill_sglang.errors import StartupError
 
 MAX_ROWS = 40

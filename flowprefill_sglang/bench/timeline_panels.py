@@ -6,18 +6,13 @@ Pure. Times of a panel are seconds on one axis, whatever the clocks of the recor
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from flowprefill_sglang.observe.events import Outcome
 from flowprefill_sglang.observe.recording import Recording
 from flowprefill_sglang.observe.timeline import Lane, Segment, Timeline, lanes
-
-WINDOW_LENGTHS_S = (15.0, 12.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.25)
-"""Longest first. Fifteen seconds across a page is where a prefill of 50 ms is still seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,10 +71,9 @@ class TaskRow:
             if one.is_running and not following.is_running
         )
 
-    @property
-    def begin_at(self) -> float:
-        """When there is something of it to see: its first arrival, unless it is a later chunk."""
-        return min([self.start_at, *(m.arrived_at for m in self.requests if m.chunk <= 1)])
+    def begin_of(self, request: RequestMarks) -> float:
+        """When there is something of this request to see here: its arrival, or the start of a later chunk."""
+        return min(self.start_at, request.arrived_at) if request.chunk == 1 else self.start_at
 
     @property
     def end_at(self) -> float:
@@ -98,9 +92,14 @@ class Panel:
     tasks: tuple[TaskRow, ...]
 
     def within(self, window: Window) -> Panel:
-        """Only what the window shows, deadlines left aside."""
-        seen = (t for t in self.tasks if t.begin_at < window.end_at and t.end_at > window.start_at)
-        return replace(self, tasks=tuple(seen))
+        """Only what the window shows, deadlines left aside. Of a batch that has not begun by its end, those requests
+        that have come."""
+        seen = [
+            replace(task, requests=tuple(m for m in task.requests if task.begin_of(m) < window.end_at))
+            for task in self.tasks
+            if task.end_at > window.start_at
+        ]
+        return replace(self, tasks=tuple(task for task in seen if task.requests))
 
     def rows(self) -> int:
         """Requests to draw."""
@@ -262,54 +261,3 @@ def recorded_requests(timelines: Iterable[Timeline]) -> dict[str, RequestMarks]:
         )
         for number, span in enumerate(ordered, start=1)
     }
-
-
-def most_telling_window(panels: Sequence[Panel], *, max_rows: int) -> Window:
-    """The window with the most preemptions that shows at most ``max_rows`` rows in each panel.
-
-    Among equals the one with the most late requests, then with the most requests, then the longest. When even the
-    shortest window has too many rows, that one. Panels without tasks give a second that shows nothing.
-    """
-    tallies = [_Tally(p) for p in panels]
-    begins = sorted({task.begin_at for p in panels for task in p.tasks})
-    best: tuple[tuple[int, int, int, float], Window] | None = None
-    for length_s in WINDOW_LENGTHS_S:
-        for begin_at in begins:
-            window = Window(start_at=begin_at - length_s / 50, end_at=begin_at + length_s * 49 / 50)
-            rows = [tally.rows.within(window) for tally in tallies]
-            if max(rows) > max_rows and length_s != WINDOW_LENGTHS_S[-1]:
-                continue
-            preemptions = sum(tally.preemptions.within(window) for tally in tallies)
-            score = (preemptions, sum(tally.late.within(window) for tally in tallies), sum(rows), length_s)
-            if best is None or score > best[0]:
-                best = (score, window)
-    return best[1] if best else Window(start_at=0.0, end_at=1.0)
-
-
-class _Tally:
-    """What a panel shows in any window, counted fast."""
-
-    def __init__(self, panel: Panel) -> None:
-        spans = [(task.begin_at, task.end_at, task.requests) for task in panel.tasks]
-        self.rows = _Overlaps([(begin_at, end_at, len(requests)) for begin_at, end_at, requests in spans])
-        self.late = _Overlaps([(begin_at, end_at, sum(m.is_late for m in ms)) for begin_at, end_at, ms in spans])
-        self.preemptions = _Overlaps([(at, at, 1) for task in panel.tasks for at in task.preempted_at()])
-
-
-class _Overlaps:
-    """Weighted intervals, of which those that overlap a window are summed in logarithmic time."""
-
-    def __init__(self, intervals: Sequence[tuple[float, float, int]]) -> None:
-        self._begins, self._begun = _cumulated((begin_at, weight) for begin_at, _, weight in intervals)
-        self._ends, self._ended = _cumulated((end_at, weight) for _, end_at, weight in intervals)
-
-    def within(self, window: Window) -> int:
-        """Weight of the intervals that overlap the window."""
-        begun = self._begun[bisect_left(self._begins, window.end_at)]
-        return begun - self._ended[bisect_right(self._ends, window.start_at)]
-
-
-def _cumulated(weighted: Iterable[tuple[float, int]]) -> tuple[list[float], list[int]]:
-    """Points in order, and the weight of all before each place in that order."""
-    ordered = sorted(weighted)
-    return [at for at, _ in ordered], [0, *accumulate(weight for _, weight in ordered)]

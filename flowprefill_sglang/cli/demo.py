@@ -17,7 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from flowprefill_sglang.bench.comparison import Contestant, comparison_document, comparison_table, facts, outline
+from flowprefill_sglang.bench.comparison import (
+    Contestant,
+    comparison_document,
+    comparison_table,
+    facts,
+    outline,
+    unevenness,
+)
 from flowprefill_sglang.bench.comparison_picture import draw_contestants
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.experiment import ExperimentSettings
@@ -226,6 +233,8 @@ def _print_results(contestants: Sequence[Contestant], console: Console) -> None:
     if len(contestants) == 2:
         console.print(comparison_table(*contestants))
         console.print(facts(*contestants), soft_wrap=True)
+        if warning := unevenness(*contestants):
+            console.print(warning, style="yellow", soft_wrap=True)
     for contestant in contestants:
         report = contestant.result.report
         if len(contestants) == 1:

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from flowprefill_sglang.bench.recordings import Workers
 from flowprefill_sglang.bench.timeline_panels import (
-    most_telling_window,
     panel,
     recorded_requests,
     timeline_on,
     with_facts,
 )
 from flowprefill_sglang.bench.timeline_plot import check_suffix, draw_timeline, require_matplotlib
+from flowprefill_sglang.bench.timeline_window import most_telling_window
 from flowprefill_sglang.errors import BadInput, PeerFault
 from flowprefill_sglang.observe import recording
 from flowprefill_sglang.observe.recording import Recording

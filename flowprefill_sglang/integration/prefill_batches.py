@@ -55,6 +55,8 @@ class PrefillBatches:
     def next_chunk(self, req: Req) -> Batch | None:
         """The next chunk of a half-prefilled request; None when SGLang does not admit it now."""
         scheduler = self._scheduler
+        if scheduler.enable_lora and not self._finds_adapter_slot(req):
+            return None
         waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
         scheduler.chunked_req = req
         try:
@@ -90,6 +92,12 @@ class PrefillBatches:
                 retired.append(req)
         if retired:
             scheduler.output_streamer.stream_output(retired, any(req.return_logprob for req in retired))
+
+    def _finds_adapter_slot(self, req: Req) -> bool:
+        """Whether the request's adapter finds a slot beside those that are held; SGLang asks this of waiting requests
+        only, since nothing can be under way when it makes the next chunk."""
+        is_found: bool = self._scheduler.tp_worker.model_runner.lora_manager.validate_lora_batch({req.lora_id})
+        return is_found
 
     def _build(self) -> Batch | None:
         scheduler = self._scheduler

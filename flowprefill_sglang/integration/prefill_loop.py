@@ -30,7 +30,7 @@ from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.integration.prefill_batches import Batch, PrefillBatches
 from flowprefill_sglang.integration.prefill_memory import PrefillMemory
 from flowprefill_sglang.integration.request_terms import terms_of
-from flowprefill_sglang.integration.wakeup import KvEvents, Wakeup
+from flowprefill_sglang.integration.wakeup import Doorbell, KvEvents, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -94,6 +94,7 @@ class PrefillLoop:
         channels = scheduler.ipc_channels
         self._sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
         self._wakeup = Wakeup(self._sockets, gate)
+        self._doorbell = Doorbell(self._sockets)
         self._reqs: dict[Request, Req] = {}
         self._request_of: dict[Req, Request] = {}
         self._begun: dict[Task, Begun] = {}
@@ -118,6 +119,7 @@ class PrefillLoop:
             self._gate.watch(None)
             for begun in self._begun.values():
                 begun.forward.discard()
+            self._doorbell.close()
             self._wakeup.close()
 
     def _turn(self) -> None:
@@ -184,6 +186,9 @@ class PrefillLoop:
         self._wakeup.wait(TRANSPORT_TICK_S if is_polled or self._core.waiting else HOUSEKEEPING_S)
 
     def _is_message_waiting(self) -> bool:
+        if not self._doorbell.is_rung:
+            return False
+        self._doorbell.is_rung = False
         return any(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN for socket in self._sockets)
 
     # ---- events -----------------------------------------------------------------------------------------------

@@ -27,6 +27,10 @@ GRAMMAR_POLL_S: Final = 1e-5
 """How long SGLang may wait for grammars to compile whenever a batch is made. It would be 5 ms, for each urgent request;
 here a compiled grammar is an event like others, and the next round takes it."""
 
+READY_SLOTS: Final = 4
+"""Attention backends built at start-up. More are built when more tasks are under way at once, which is rare; on a GPU
+one takes milliseconds to build and, with flashinfer, some megabytes."""
+
 
 def hooks(settings: SchedulerSettings) -> list[Hook]:
     """Replace SGLang's two prefill loops of one pipeline stage."""
@@ -74,7 +78,9 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
             f"{type(model_runner.model).__name__} has no operator that FlowPrefill knows, so its forward pass cannot "
             "be interrupted; use --prefill-scheduler stock"
         )
-    AttentionSlots(model_runner, gate).install()
+    slots = AttentionSlots(model_runner, gate)
+    slots.reserve(READY_SLOTS)
+    slots.install()
     state = ForwardState(model_runner, stage_metrics=scheduler.scheduler_stage_metrics)
     reason = "; ".join(obstacles()) or interruption_fault(scheduler, gate, state)
     if reason:

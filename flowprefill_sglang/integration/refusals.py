@@ -74,6 +74,8 @@ def _scheduler(settings: Any) -> dict[str, bool]:
         f"--scheduler-recv-interval above 1: events must be seen when they come; leave it out, {STOCK}": (
             settings.scheduler_recv_interval > 1
         ),
+        f"--enable-lora-overlap-loading: an adapter could be copied over one that a suspended pass reads; leave it "
+        f"out, {STOCK}": settings.enable_lora_overlap_loading,
         f"--kv-canary {settings.kv_canary}: it checks one batch after the other; leave it out, {STOCK}": (
             settings.kv_canary not in (None, "none", "off")
         ),

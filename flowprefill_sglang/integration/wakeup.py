@@ -9,6 +9,8 @@ for either. While a task runs nobody sleeps; then the raised gate stops the task
 from __future__ import annotations
 
 import os
+import select
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -54,6 +56,38 @@ class Wakeup:
     def close(self) -> None:
         """Nobody may ask any more."""
         os.close(self._eventfd)
+
+
+class Doorbell:
+    """Notices that a message has come to a ZeroMQ socket while its owner is busy, on a thread of its own.
+
+    The owner looks at ``is_rung``, which is free, and at the socket only when it was rung: to ask ZeroMQ at every
+    operator boundary costs 2 to 7% of a short prefill. A socket's file descriptor becomes readable once for what has
+    come since its owner last emptied it (zmq_getsockopt, ZMQ_FD), hence edge-triggered. It may ring for what the owner
+    has taken meanwhile; it never fails to ring for what it has not.
+    """
+
+    def __init__(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
+        self.is_rung = True
+        """A message may be waiting. The owner sets it to False before it looks."""
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._stop, select.EPOLLIN)
+        for socket in sockets:
+            self._epoll.register(socket.getsockopt(zmq.FD), select.EPOLLIN | select.EPOLLET)
+        self._thread = threading.Thread(target=self._listen, name="flowprefill-doorbell", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._stop)
+
+    def _listen(self) -> None:
+        while all(file != self._stop for file, _ in self._epoll.poll()):
+            self.is_rung = True
 
 
 class KvEvents:

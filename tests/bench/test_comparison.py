@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from flowprefill_sglang.bench.client import RequestRecord
-from flowprefill_sglang.bench.comparison import Contestant, comparison_document, comparison_table, facts, outline
+from flowprefill_sglang.bench.comparison import (
+    Contestant,
+    comparison_document,
+    comparison_table,
+    facts,
+    outline,
+    unevenness,
+)
 from flowprefill_sglang.bench.experiment import Prepared, Result
 from flowprefill_sglang.bench.objectives import unscaled_objectives
 from flowprefill_sglang.bench.probe import EngineSettings, ServedModel
@@ -36,14 +43,16 @@ def record(number: int, class_name: str, ttft_s: float | None, error: str | None
     )
 
 
-def contestant(scheduler: str, records: Sequence[RequestRecord], events: Sequence[Event] = ()) -> Contestant:
+def contestant(
+    scheduler: str, records: Sequence[RequestRecord], events: Sequence[Event] = (), isolated_ttft_s: float = 0.01
+) -> Contestant:
     """On a host whose monotonic clock read 500 when the load started."""
     prepared = Prepared(
         model=ServedModel(name="/models/tiny", max_context_tokens=1_000),
         requests=(),
         length_factor=1.0,
         objectives=OBJECTIVES,
-        isolated_ttft_s={"text": [0.01, 0.02]},
+        isolated_ttft_s={"text": [isolated_ttft_s, 2 * isolated_ttft_s]},
     )
     report = summarize(records, OBJECTIVES)
     return Contestant(
@@ -83,8 +92,18 @@ def test_preemptions_are_those_of_the_run() -> None:
 def test_busy_share_is_within_the_run() -> None:
     wall_s = STOCK.result.report.wall_s
     assert STOCK.busy_share == 1.5 / wall_s
-    assert "prefill workers computed 50% of the time" in outline(STOCK)
+    assert "prefill workers computed 50% of the time, and" in outline(STOCK)
     assert "computed" not in outline(contestant("stock", [record(1, "text", 0.1)]))
+
+
+def test_the_time_after_the_prefill_is_that_of_the_last_chunk() -> None:
+    chunks = [*ran(1, "r-1", 501.0, 502.0), *ran(2, "r-1", 502.0, 502.5)]
+    one = contestant("stock", [record(1, "text", 1.75), record(2, "text", None)], chunks)
+    assert one.after_prefill_ms() == [250.0]
+    assert "the first token came 250 ms (p50), 250 ms (p99) after the end of the prefill" in outline(one)
+    document = comparison_document([one], None)
+    assert document["schedulers"]["stock"]["after_prefill_ms"] == {"p50": 250.0, "p90": 250.0, "p99": 250.0}
+    assert FLOW.after_prefill_ms() == [], "its end was not recorded"
 
 
 def test_the_table_has_both_runs_in_eighty_columns() -> None:
@@ -106,6 +125,16 @@ def test_facts_are_counts() -> None:
         "Of the same 3 requests, 3 had their first token in time under FlowPrefill and 1 under stock SGLang; "
         "FlowPrefill suspended running prefills 2 times, stock SGLang 0 times."
     )
+
+
+def test_a_machine_that_was_busy_in_one_run_is_noticed() -> None:
+    rows = [record(1, "text", 0.1)]
+    assert unevenness(FLOW, STOCK) is None
+    assert unevenness(contestant("flowprefill", rows, isolated_ttft_s=0.0115), STOCK) is None
+    for isolated_ttft_s, said in ((0.03, "3.00 times"), (0.005, "0.50 times")):
+        warning = unevenness(contestant("flowprefill", rows, isolated_ttft_s=isolated_ttft_s), STOCK)
+        assert warning is not None
+        assert warning.startswith(f"single requests took {said} as long in FlowPrefill's run as in stock SGLang's")
 
 
 def test_the_document_keeps_its_keys_and_has_every_scheduler() -> None:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flowprefill_sglang.bench.timeline_panels import (
     Panel,
@@ -13,7 +11,6 @@ from flowprefill_sglang.bench.timeline_panels import (
     TaskRow,
     Window,
     longest_prompt,
-    most_telling_window,
     panel,
     recorded_requests,
     timeline_on,
@@ -175,43 +172,11 @@ def test_a_window_shows_what_waits_or_runs_in_it() -> None:
     assert numbers == [[], [1], [1], [], [1, 9]]
 
 
-def test_the_window_with_the_most_preemptions_wins() -> None:
-    quiet = [task(marks(n, first_token_at=n + 0.9), segments=[(n, n + 0.1, True)]) for n in range(30)]
-    stop_and_go = [(40 + n / 10, 40.05 + n / 10, n % 2 == 0) for n in range(9)]
-    busy = task(marks(40, first_token_at=41.0), segments=stop_and_go)
-    window = most_telling_window([Panel(title="", tasks=(*quiet, busy))], max_rows=5)
-    assert window.start_at < 40
-    assert window.end_at > 40.65, "the last preemption"
-
-
-def test_no_window_shows_more_rows_than_asked_for() -> None:
-    crowd = tuple(task(marks(n, arrived_at=n / 10), segments=[(n / 10, n / 10 + 0.05, True)]) for n in range(300))
-    one = Panel(title="", tasks=crowd)
-    assert 5 < one.within(most_telling_window([one], max_rows=20)).rows() <= 20
-    assert most_telling_window([Panel(title="", tasks=())], max_rows=5) == Window(start_at=0, end_at=1)
-
-
-rows = st.lists(
-    st.tuples(st.floats(0, 30), st.floats(0, 5), st.floats(0.01, 5), st.integers(1, 4)), min_size=1, max_size=25
-)
-
-
-@given(rows, rows, st.integers(1, 12))
-def test_windows_are_chosen_by_what_they_show(one: list, other: list, max_rows: int) -> None:
-    """The fast counts of the choice agree with what the chosen window then shows."""
-    panels = [
-        Panel(
-            title="",
-            tasks=tuple(
-                task(*(marks(n, arrived_at=at) for n in range(size)), segments=[(at + wait, at + wait + run, True)])
-                for at, wait, run, size in drawn
-            ),
-        )
-        for drawn in (one, other)
-    ]
-    window = most_telling_window(panels, max_rows=max_rows)
-    shortest = window.end_at - window.start_at < 0.26
-    assert shortest or max(p.within(window).rows() for p in panels) <= max_rows
+def test_a_window_before_a_batch_shows_those_of_it_that_have_come() -> None:
+    batch = task(marks(1), marks(5), segments=[(6, 7, True)])
+    whole = Panel(title="", tasks=(batch,))
+    assert [m.number for t in whole.within(Window(start_at=2, end_at=4)).tasks for m in t.requests] == [1]
+    assert [m.number for t in whole.within(Window(start_at=2, end_at=6.5)).tasks for m in t.requests] == [1, 5]
 
 
 def test_titles_count_what_is_shown() -> None:

@@ -125,5 +125,5 @@ def _logs_of_a_failure(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that break the shared cluster come last, the one that ends it at the very end."""
-    order = {"test_worker_loss": 1, "test_shutdown": 2}
+    order = {"test_preemption_shutdown": 1, "test_worker_loss": 1, "test_shutdown": 2}
     items.sort(key=lambda item: order.get(item.path.stem, 0))

@@ -38,7 +38,7 @@ SCRIPT = """
             self.waiting_queue, self.chunked_req = list(waiting), None
             self.running_batch = SimpleNamespace(batch_is_full=True)
             self.ngram_embedding_manager = SimpleNamespace(prepare_for_forward=lambda batch, chunked_req: batch)
-            self.happened, self.is_full = [], False
+            self.happened, self.is_full, self.enable_lora = [], False, False
             self.output_streamer = SimpleNamespace(stream_output=lambda reqs, logprob: self.note("answered", reqs))
 
         def note(self, *what):
@@ -111,6 +111,15 @@ SCRIPT = """
         batch = batches.next_chunk(half)
     facts["chunks"] = {"rounds": rounds, "happened": scheduler.happened}
 
+    # ---- the next chunk of a prompt with an adapter, of which none or one finds a slot
+    for slots in (0, 1):
+        reqs, scheduler = small_and_large("a")
+        reqs["l"].lora_id, scheduler.enable_lora = "adapter", True
+        lora_manager = SimpleNamespace(validate_lora_batch=lambda lora_ids: len(lora_ids) <= slots)
+        scheduler.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=lora_manager))
+        batch = PrefillBatches(scheduler).next_chunk(reqs["l"])
+        facts[f"{slots} slots"] = {"batch": seen(batch and batch.reqs), **scheduler.books()}
+
     # ---- aborted while its chunk ran
     reqs, scheduler = small_and_large("l")
     batches, large = PrefillBatches(scheduler), reqs["l"]
@@ -164,6 +173,12 @@ def test_a_prompt_chunk_by_chunk(facts: dict[str, Any]) -> None:
         assert r["chunked"] == "None", "others may be half done at the same time"
     chunk, last = [["result", "l"], ["checkpoint", "l"]], [["result", "None"]]
     assert facts["chunks"]["happened"] == chunk + chunk + last
+
+
+def test_a_chunk_waits_for_a_slot_of_its_adapter(facts: dict[str, Any]) -> None:
+    books = {"waiting": ["a"], "chunked": "None"}
+    assert facts["0 slots"] == {"batch": "None", **books}
+    assert facts["1 slots"] == {"batch": ["l"], **books}
 
 
 def test_an_aborted_chunk_gets_no_checkpoint(facts: dict[str, Any]) -> None:

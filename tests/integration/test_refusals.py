@@ -38,6 +38,7 @@ class Settings:
     optimistic_prefill_attempts: int = 0
     schedule_policy: str = "fcfs"
     scheduler_recv_interval: int = 1
+    enable_lora_overlap_loading: bool = False
     kv_canary: str = "none"
     expert_distribution_recorder_mode: str | None = None
 
@@ -68,6 +69,7 @@ OF_THE_SCHEDULER = [
     ({"optimistic_prefill_attempts": 1}, "--optimistic-prefill-attempts"),
     ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
     ({"scheduler_recv_interval": 2}, "--scheduler-recv-interval"),
+    ({"enable_lora_overlap_loading": True}, "--enable-lora-overlap-loading"),
     ({"kv_canary": "log"}, "--kv-canary log"),
     ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode"),
 ]

@@ -9,7 +9,7 @@ import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from flowprefill_sglang.integration import wakeup
-from flowprefill_sglang.integration.wakeup import KvEvents, Wakeup
+from flowprefill_sglang.integration.wakeup import Doorbell, KvEvents, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 LONG_S = 20.0
@@ -160,3 +160,33 @@ def test_every_status_change_of_a_manager_is_seen(gate: Gate) -> None:
     assert after_update_status(None, object(), 7, KVPoll.WaitingForInput) is None
     assert 7 in wakeup.kv_events.ready_at
     assert gate.is_raised
+
+
+def test_the_doorbell_rings_once_more_for_every_message_that_comes_after_the_socket_was_emptied() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    pull.bind("inproc://doorbell")
+    push.connect("inproc://doorbell")
+    bell = Doorbell([pull])
+    try:
+        for number in range(200):
+            bell.is_rung = False
+            while pull.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                pull.recv()
+            push.send(b"%d" % number)
+            deadline = time.monotonic() + LONG_S
+            while not bell.is_rung:
+                assert time.monotonic() < deadline, f"message {number} did not ring"
+                time.sleep(0)
+            assert pull.recv() == b"%d" % number
+    finally:
+        bell.close()
+        context.destroy(linger=0)
+
+
+def test_a_closed_doorbell_leaves_no_thread() -> None:
+    before = threading.active_count()
+    bell = Doorbell([])
+    assert threading.active_count() == before + 1
+    bell.close()
+    assert threading.active_count() == before

@@ -45,17 +45,6 @@ def test_a_watched_event_stops_the_running_task() -> None:
     assert stops.count == 1
 
 
-def test_a_watched_event_is_asked_for_no_more_often_than_said() -> None:
-    now = 1.0
-    gate, stops = Gate(clock=lambda: now), Stops()
-    asked: list[float] = []
-    gate.open(stops)
-    gate.watch(lambda: bool(asked.append(now)), every_s=0.5)
-    for now in (1.0, 1.4, 1.5, 1.9, 2.1):  # noqa: B007  the clock reads it
-        gate.cross()
-    assert (asked, stops.count, gate.boundaries) == ([1.0, 1.5, 2.1], 0, 5)
-
-
 def test_a_raised_flag_saves_asking_the_watched_event() -> None:
     gate, stops = Gate(), Stops()
     gate.open(stops)

@@ -60,6 +60,8 @@ class Pair:
     prefill_url: str
     bootstrap_port: int
     decode_url: str
+    process: subprocess.Popen[bytes]
+    """The prefill worker's."""
 
     def ask(
         self,
@@ -183,7 +185,7 @@ class DirectWorkers:
         http_port, bootstrap_port = self._ports[name]
         url = f"http://127.0.0.1:{http_port}"
         wait_until(lambda: answers(f"{url}/health"), self._processes[name], self._log_dir / f"{name}.log")
-        return Pair(url, bootstrap_port, decode_url)
+        return Pair(url, bootstrap_port, decode_url, self._processes[name])
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
