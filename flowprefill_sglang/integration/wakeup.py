@@ -74,7 +74,7 @@ class Doorbell:
         self._epoll = select.epoll()
         self._epoll.register(self._stop, select.EPOLLIN)
         for socket in sockets:
-            self._epoll.register(socket.getsockopt(zmq.FD), select.EPOLLIN | select.EPOLLET)
+            self._epoll.register(socket.FD, select.EPOLLIN | select.EPOLLET)
         self._thread = threading.Thread(target=self._listen, name="flowprefill-doorbell", daemon=True)
         self._thread.start()
 
