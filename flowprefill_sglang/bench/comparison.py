@@ -101,6 +101,7 @@ def comparison_table(one: Contestant, other: Contestant) -> Table:
         title=f"Time to first token in ms: {one.name} | {other.name}",
         box=box.SIMPLE_HEAD,
         title_justify="left",
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for heading in ("class", "sent", "SLO", "p50", "p90", "p99", "in time"):

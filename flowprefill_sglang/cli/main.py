@@ -30,9 +30,7 @@ COMMANDS = {
     "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True),
     "demo": Command(module="demo", help="run a workload under FlowPrefill and under stock SGLang, side by side"),
     "timeline": Command(module="timeline", help="watch a cluster's prefill workers and draw what ran when"),
-    "profile": Command(
-        module="profile", help="measure what prefill costs on this hardware and model", passes_on=True
-    ),
+    "profile": Command(module="profile", help="measure what prefill costs on this hardware and model", passes_on=True),
     "router": Command(module="roles", help="run the router"),
     "prefill": Command(module="roles", help="run a prefill worker", passes_on=True),
     "decode": Command(module="roles", help="run a decode instance, which is stock SGLang", passes_on=True),
