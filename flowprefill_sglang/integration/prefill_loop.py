@@ -126,6 +126,7 @@ class PrefillLoop:
         scheduler = self._scheduler
         self._wakeup.clear()
         self._news_at = None
+        self._take_in_ended_handoffs()
         scheduler.ingest_requests()
         if scheduler._engine_paused:
             scheduler._record_scheduler_state_for_paused_engine()
@@ -154,22 +155,27 @@ class PrefillLoop:
                 self._awaited_grammars.add(req.grammar)
                 req.grammar.add_done_callback(lambda _: self._wakeup.now_please())
 
-    def _take_in_kv_events(self) -> None:
+    def _take_in_ended_handoffs(self) -> None:
+        """Free what ended handoffs held. Before all else: a flush that came meanwhile would be refused for them, and
+        requests need their metadata buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then
+        the cache could not be flushed after a weight update either."""
         scheduler, events = self._scheduler, self._kv_events
         if events.ended_at is not None:
             self._has_news(events.ended_at)
             events.ended_at = None
-        if events.has_failure:
-            events.has_failure = False
-            scheduler.resolve_waiting_queue_bootstrap()
-            self.withdraw_what_is_gone()
-        # Ended handoffs first: they give back the metadata buffers that requests need to leave the bootstrap queue.
         if (
             scheduler.disagg_prefill_inflight_queue
             and scheduler.process_disagg_prefill_inflight_queue()
             and self._is_short_of_memory
         ):
             self._trigger = Trigger.KV_POOL
+
+    def _take_in_kv_events(self) -> None:
+        scheduler, events = self._scheduler, self._kv_events
+        if events.has_failure:
+            events.has_failure = False
+            scheduler.resolve_waiting_queue_bootstrap()
+            self.withdraw_what_is_gone()
         if scheduler.disagg_prefill_bootstrap_queue.queue:
             for req in scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped():
                 scheduler.waiting_queue.append(req)

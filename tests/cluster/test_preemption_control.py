@@ -18,7 +18,7 @@ LONG = 6_000
 
 
 def two_under_way(worker: Pair, seed: int) -> tuple[Answer, Answer]:
-    """A suspended task and, more urgent, a running one; long ones both."""
+    """A suspended task and, more urgent, a running one; long ones both, of prompts that nobody has asked before."""
     suspended = worker.ask(prompts.ids(LONG, seed), name="suspended", ttft_slo_ms=60_000)
     worker.wait_for("started", suspended)
     running = worker.ask(prompts.ids(LONG, seed + 1), name="running", ttft_slo_ms=30_000)
@@ -42,20 +42,20 @@ def test_flush_is_refused_while_a_task_is_suspended(roomy: Pair, stock_url: str)
     assert again.whole()["meta_info"]["cached_tokens"] == 0
 
 
-@pytest.mark.parametrize("path", ["/health", "/health_generate"])
-def test_health_is_answered_during_a_long_prefill(roomy: Pair, path: str) -> None:
+@pytest.mark.parametrize(("path", "seed"), [("/health", 610), ("/health_generate", 612)])
+def test_health_is_answered_during_a_long_prefill(roomy: Pair, path: str, seed: int) -> None:
     """SGLang itself looks once a second whether the scheduler has said anything."""
-    suspended, running = two_under_way(roomy, 610)
+    suspended, running = two_under_way(roomy, seed)
     began_at = time.monotonic()
     assert roomy.control(path, method="GET")[0] == 200
     assert time.monotonic() - began_at < 8
     suspended.whole(), running.whole()
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_pause_and_continue(roomy: Pair, stock_url: str, mode: str) -> None:
-    suspended, running = two_under_way(roomy, 620)
-    waiting = roomy.ask(prompts.ids(400, 622), name="waiting", ttft_slo_ms=90_000)
+@pytest.mark.parametrize(("mode", "seed"), [("in_place", 620), ("retract", 623)])
+def test_pause_and_continue(roomy: Pair, stock_url: str, mode: str, seed: int) -> None:
+    suspended, running = two_under_way(roomy, seed)
+    waiting = roomy.ask(prompts.ids(400, seed + 2), name="waiting", ttft_slo_ms=90_000)
     roomy.wait_for("arrived", waiting)
     assert roomy.control("/pause_generation", {"mode": mode})[0] == 200
     try:
@@ -63,8 +63,8 @@ def test_pause_and_continue(roomy: Pair, stock_url: str, mode: str) -> None:
         assert ("started", "waiting") not in roomy.steps(waiting), "it is paused"
     finally:
         assert roomy.control("/continue_generation", {})[0] == 200
-    assert_right(suspended, running, stock_url, 620)
-    assert waiting.whole()["output_ids"] == generate(stock_url, input_ids=prompts.ids(400, 622))["output_ids"]
+    assert_right(suspended, running, stock_url, seed)
+    assert waiting.whole()["output_ids"] == generate(stock_url, input_ids=prompts.ids(400, seed + 2))["output_ids"]
 
 
 def test_pause_that_aborts(roomy: Pair, stock_url: str) -> None:

@@ -109,13 +109,13 @@ def seen() -> dict[str, Any]:
         facts["pinned"] = current_platform.is_pin_memory_available()
 
         def resolved(**given):
-            unset = {"dtype": "auto", "max_total_tokens": None, "disaggregation_mode": "null"}
-            server_args = SimpleNamespace(**unset | given)
+            unset = {"dtype": "auto", "max_total_tokens": None, "mem_fraction_static": None}
+            server_args = SimpleNamespace(**unset | {"disaggregation_mode": "null"} | given)
             current_platform.apply_server_args_defaults(server_args)
             return vars(server_args)
 
         facts["defaults"] = resolved()
-        facts["given"] = resolved(dtype="bfloat16", max_total_tokens=100)
+        facts["given"] = resolved(dtype="bfloat16", max_total_tokens=100, mem_fraction_static=0.5)
     """)
 
 
@@ -133,5 +133,5 @@ def test_nothing_but_pytorch_is_needed(seen: dict[str, Any]) -> None:
 
 def test_defaults_give_way_to_what_the_user_set(seen: dict[str, Any]) -> None:
     always = {"disable_overlap_schedule": True, "sleep_on_idle": True, "disaggregation_mode": "null"}
-    assert seen["defaults"] == {"dtype": "float32", "max_total_tokens": 65_536} | always
-    assert seen["given"] == {"dtype": "bfloat16", "max_total_tokens": 100} | always
+    assert seen["defaults"] == {"dtype": "float32", "max_total_tokens": 65_536, "mem_fraction_static": 0.8} | always
+    assert seen["given"] == {"dtype": "bfloat16", "max_total_tokens": 100, "mem_fraction_static": 0.5} | always
