@@ -69,6 +69,9 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.prefill_worker.reporter import from_environment
     from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler
 
+    if scheduler.max_recv_per_poll >= 0:
+        # What a limited read leaves in the socket announces itself to nobody (wakeup.Doorbell).
+        raise StartupError("SGLANG_SCHEDULER_MAX_RECV_PER_POLL is set: unset it, or use --prefill-scheduler stock")
     model_runner = scheduler.tp_worker.model_runner
     gate = Gate()
     install(gate)
