@@ -35,8 +35,6 @@ class AttentionSlots:
         self._runner = model_runner
         self._gate = gate
         self._spare: list[Any] = []  # SGLang's attention backends
-        self.built = 0
-        """Backends made so far: as many as forwards were ever under way at once."""
 
     def reserve(self, count: int) -> None:
         """Have ``count`` spare backends ready, so that no forward waits for one to be built."""
@@ -87,5 +85,4 @@ class AttentionSlots:
 
         backend = build_attention_backends(model_runner=self._runner).attn_backend
         self._runner.kv_index_translator.bind_and_verify_backends([backend])
-        self.built += 1
         return backend

@@ -13,12 +13,13 @@ from flowprefill_sglang.core.calibration import Measurement, grid, held_out, mea
 from flowprefill_sglang.core.cost_file import HardwareKey, ModelKey
 from flowprefill_sglang.core.cost_fit import Sample, errors, fit
 from flowprefill_sglang.core.prefill_cost import CostModel
-from flowprefill_sglang.errors import BadInput, StartupError
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.integration.cost_model import hardware_key, limits, model_key
 from flowprefill_sglang.integration.cpu_arithmetic import flush_denormals
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.platform import has_accelerator
 from flowprefill_sglang.integration.profiling import ForwardTimer
+from flowprefill_sglang.integration.refusals import refused_by_sglang
 
 HELD_OUT_BATCHES: Final = 40
 LENGTH_FACTOR: Final = 2.0
@@ -80,10 +81,8 @@ class Profiler:
                 )
         if not has_accelerator():
             flush_denormals()  # as in a worker
-        try:
+        with refused_by_sglang():
             self._engine = OfflineEngine(str(model_path), **settings)
-        except (ValueError, AssertionError, NotImplementedError, OSError) as error:
-            raise StartupError(f"SGLang refuses these settings: {error}") from error
 
     def run(self, budget_s: float, on_run: Callable[[float], None]) -> Profile:
         """Measure for about ``budget_s``; ``on_run`` is told the seconds of each forward."""

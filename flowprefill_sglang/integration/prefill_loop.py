@@ -12,12 +12,12 @@ backend's threads report through ``wakeup.kv_events``: a decode instance is read
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -43,8 +43,6 @@ from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import GenerationBatchResult, Scheduler
-
-logger = logging.getLogger(__name__)
 
 TRANSPORT_TICK_S = 0.05
 """How often handoffs under way are polled while nothing runs: transports enforce their time-outs, and some report the
@@ -273,7 +271,7 @@ class PrefillLoop:
                 break
             if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or self._is_short_of_memory):
                 continue
-            if self._try_start(candidate, ranking.order[place + 1 :], room, began_at):
+            if self._try_start(candidate, islice(ranking.order, place + 1, None), room, began_at):
                 break
             refusals += 1
             # A promoted request must not be overtaken for ever by smaller ones that still fit.
@@ -305,7 +303,7 @@ class PrefillLoop:
         blocking_s = max(0.0, stopped_at - (self._news_at or stopped_at))
         self._journal.preempted(self._core.preempted(stopped_at), requests, blocking_s, stopped_at)
 
-    def _try_start(self, candidate: Candidate, others: Sequence[Candidate], room: Room, now: float) -> bool:
+    def _try_start(self, candidate: Candidate, others: Iterable[Candidate], room: Room, now: float) -> bool:
         """Start the forward pass of a request, with others if it is small; False when memory does not admit it."""
         head = self._core.request_of(candidate)
         is_begun = candidate.standing is Standing.HALF_PREFILLED

@@ -6,12 +6,23 @@ do not move gives wrong KV without any error. Settings are those of SGLang 0.5.2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.errors import BadInput, StartupError
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 
 STOCK = f"or --prefill-scheduler {SchedulerKind.STOCK} to keep it without preemption"
+
+
+@contextmanager
+def refused_by_sglang() -> Iterator[None]:
+    """Raise StartupError for what SGLang's own resolution and checks of its settings raise within this block."""
+    try:
+        yield
+    except (ValueError, AssertionError, NotImplementedError, OSError) as error:
+        raise StartupError(f"SGLang refuses these settings: {error}") from error
 
 
 def refuse_what_cannot_work(settings: Any, kind: SchedulerKind) -> None:

@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from flowprefill_sglang.errors import FlowPrefillError, InternalError, StartupError
+from flowprefill_sglang.errors import FlowPrefillError, InternalError
 from flowprefill_sglang.integration.platform import has_accelerator
 from flowprefill_sglang.integration.plugin import require_loaded
-from flowprefill_sglang.integration.refusals import refuse_what_cannot_work
+from flowprefill_sglang.integration.refusals import refuse_what_cannot_work, refused_by_sglang
 from flowprefill_sglang.integration.worker_events import count_metrics, published_endpoint, timeline_route
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
@@ -105,10 +105,8 @@ def _parse(arguments: Sequence[str]) -> ServerArgs:
     from sglang.srt.server_args import prepare_server_args
 
     server_args = prepare_server_args(list(arguments))
-    try:
+    with refused_by_sglang():
         server_args.resolve_once()
-    except (ValueError, AssertionError, NotImplementedError, OSError) as error:
-        raise StartupError(f"SGLang refuses these settings: {error}") from error
     return server_args
 
 

@@ -30,7 +30,6 @@ class Trigger(StrEnum):
     ABORT = "abort"
     KV_POOL = "kv_pool"
     """A KV handoff ended, which freed memory."""
-    CONTROL = "control"
 
 
 class RequestArrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrived"):
