@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowprefill_sglang.errors import InternalError, StartupError
+from flowprefill_sglang.integration.made_up_prompts import computed_kv
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -93,13 +94,7 @@ class OfflineEngine:
 
     def kv(self, request: Req) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Copies of K and V of each layer, ``[tokens, KV heads, head size]``, as far as the request was computed."""
-        runner = self.model_runner
-        row = runner.req_to_token_pool.req_to_token[request.kv.req_pool_idx, : request.extend_end].long()
-        pool = runner.token_to_kv_pool
-        layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
-        return [
-            (pool.get_key_buffer(layer)[row].clone(), pool.get_value_buffer(layer)[row].clone()) for layer in layers
-        ]
+        return computed_kv(self.model_runner, request)
 
     def forget(self) -> None:
         """Empty the prefix cache and the KV pool. No request may hold any of it."""

@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import OutOfCapacity
+from flowprefill_sglang.integration.made_up_prompts import made_up_batch, made_up_request, release
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -59,7 +60,7 @@ class ForwardTimer:
             self._forward(self._batch(requests))
             return self._slowest_rank(self._clock() - started_at)
         finally:
-            self._release(requests)
+            release(requests, self._tree_cache)
 
     def _require_room(self, extents: Sequence[Extent]) -> None:
         """SGLang's own allocation would stop half-way, with slots taken that it cannot give back."""
@@ -73,36 +74,14 @@ class ForwardTimer:
             )
 
     def _request(self, extent: Extent) -> Req:
-        from sglang.srt.managers.schedule_batch import Req
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
         tokens = extent.cached_tokens + extent.new_tokens
         ids = array("q", (1 + i % (self._vocabulary - 1) for i in range(tokens)))
-        parameters = SamplingParams(temperature=0, max_new_tokens=1)
-        parameters.normalize(None)
-        request = Req(rid="profile", origin_input_text="", origin_input_ids=ids, sampling_params=parameters)
-        request.full_untruncated_fill_ids = ids
-        request.logprob_start_len = -1
-        request.extend_end = extent.cached_tokens  # first only the prefix: its slots
-        return request
+        return made_up_request("profile", ids, extent.cached_tokens)  # first only the prefix: its slots
 
-    def _batch(self, requests: list[Req]) -> Any:
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    def _batch(self, requests: list[Req]) -> ScheduleBatch:
+        return made_up_batch(self._runner, self._tree_cache, requests)
 
-        batch = ScheduleBatch.init_new(
-            reqs=requests,
-            req_to_token_pool=self._runner.req_to_token_pool,
-            token_to_kv_pool_allocator=self._runner.token_to_kv_pool_allocator,
-            tree_cache=self._tree_cache,
-            model_config=self._runner.model_config,
-            enable_overlap=False,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-        )
-        batch.prepare_for_extend()
-        return batch
-
-    def _forward(self, batch: Any) -> None:
+    def _forward(self, batch: ScheduleBatch) -> None:
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
         if batch.input_ids is None:  # stays on the host until the forward in 0.5.23
@@ -111,13 +90,6 @@ class ForwardTimer:
         forward_batch = ForwardBatch.init_new(batch, self._runner, return_hidden_states_before_norm=False)
         logits = self._runner.forward(forward_batch).logits_output
         self._runner.sample(logits, forward_batch).tolist()
-
-    def _release(self, requests: Sequence[Req]) -> None:
-        from sglang.srt.mem_cache.common import release_kv_cache
-
-        for request in requests:
-            if request.kv.holds_kv:
-                release_kv_cache(request, self._tree_cache, checkpoint=False)
 
     def _slowest_rank(self, seconds: float) -> float:
         """The same on all tensor-parallel ranks: they must choose the same next batch, or their collectives hang."""

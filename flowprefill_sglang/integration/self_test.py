@@ -10,16 +10,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import cycle
-from typing import TYPE_CHECKING, Any, Final
+from itertools import chain, cycle
+from typing import TYPE_CHECKING, Final
 
 import torch
 
+from flowprefill_sglang.integration.made_up_prompts import (
+    computed_kv,
+    made_up_batch,
+    made_up_request,
+    release,
+)
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
 BATCHES: Final = ((24,), (24,), (11, 18))
@@ -56,6 +62,7 @@ _Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]
 class _Run:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._runner = scheduler.tp_worker.model_runner
 
     def one_by_one(self) -> _Tensors:
         parts: _Tensors = ([], [])
@@ -64,7 +71,7 @@ class _Run:
             try:
                 self._note(parts, requests, self._forward(self._batch(requests)))
             finally:
-                self._release(requests)
+                release(requests, self._scheduler.tree_cache)
         return parts
 
     def interleaved(self, gate: Gate, state: SharedState) -> tuple[_Tensors, int]:
@@ -86,46 +93,22 @@ class _Run:
             for task in tasks:
                 task.discard()
             for requests in batches:
-                self._release(requests)
+                release(requests, self._scheduler.tree_cache)
         return parts, sum(task.suspensions for task in tasks)
 
     def _requests(self, number: int, lengths: Sequence[int]) -> list[Req]:
-        from sglang.srt.managers.schedule_batch import Req
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
         vocabulary = int(self._scheduler.model_config.vocab_size)
         made = []
         for row, length in enumerate(lengths):
             step = 2 * (number * 7 + row) + 3  # other tokens in every prompt
             ids = array("q", (1 + (i + 1) * step % (vocabulary - 1) for i in range(length)))
-            parameters = SamplingParams(temperature=0, max_new_tokens=1)
-            parameters.normalize(None)
-            request = Req(
-                rid=f"self-test-{number}-{row}", origin_input_text="", origin_input_ids=ids, sampling_params=parameters
-            )
-            request.full_untruncated_fill_ids = ids
-            request.logprob_start_len = -1
-            request.extend_end = length
-            made.append(request)
+            made.append(made_up_request(f"self-test-{number}-{row}", ids, length))
         return made
 
-    def _batch(self, requests: list[Req]) -> Any:
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
+    def _batch(self, requests: list[Req]) -> ScheduleBatch:
+        return made_up_batch(self._runner, self._scheduler.tree_cache, requests)
 
-        scheduler = self._scheduler
-        batch = ScheduleBatch.init_new(
-            reqs=requests,
-            req_to_token_pool=scheduler.req_to_token_pool,
-            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
-            tree_cache=scheduler.tree_cache,
-            model_config=scheduler.model_config,
-            enable_overlap=False,
-            spec_algorithm=scheduler.spec_algorithm,
-        )
-        batch.prepare_for_extend()
-        return batch
-
-    def _forward(self, batch: Any) -> torch.Tensor:
+    def _forward(self, batch: ScheduleBatch) -> torch.Tensor:
         from sglang.srt.managers.overlap_utils import resolve_forward_inputs
 
         resolve_forward_inputs(batch, self._scheduler.future_map)
@@ -135,21 +118,8 @@ class _Run:
 
     def _note(self, parts: _Tensors, requests: Sequence[Req], logits: torch.Tensor) -> None:
         parts[0].append(logits)
-        pool, rows = (
-            self._scheduler.tp_worker.model_runner.token_to_kv_pool,
-            self._scheduler.req_to_token_pool.req_to_token,
-        )
         for request in requests:
-            row = rows[request.kv.req_pool_idx, : request.extend_end].long()
-            for layer in range(pool.start_layer, pool.start_layer + pool.layer_num):
-                parts[1].extend((pool.get_key_buffer(layer)[row].clone(), pool.get_value_buffer(layer)[row].clone()))
-
-    def _release(self, requests: Sequence[Req]) -> None:
-        from sglang.srt.mem_cache.common import release_kv_cache
-
-        for request in requests:
-            if request.kv.holds_kv:
-                release_kv_cache(request, self._scheduler.tree_cache, checkpoint=False)
+            parts[1].extend(chain.from_iterable(computed_kv(self._runner, request)))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
