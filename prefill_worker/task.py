@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 
 Result = TypeVar("Result")
 
@@ -56,7 +58,7 @@ class ForwardTask(Generic[Result]):
         self._run = run
         self._gate = gate
         self._state = state
-        self._greenlet = greenlet(self._body)
+        self._greenlet = greenlet(partial(with_frame_room, self._body))
         self._hub = getcurrent()
         self._saved: object = None
         self._results: list[Result] = []
@@ -118,9 +120,10 @@ class ForwardTask(Generic[Result]):
                 task.switch()
         finally:
             self._gate.close()
-            state.restore(hubs)
             if task.dead:
                 self._end()
+            if self.suspensions or not task.dead:
+                state.restore(hubs)  # else nothing came between: a forward leaves what it always leaves
         state.check()
         return self.is_over
 

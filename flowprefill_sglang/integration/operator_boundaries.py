@@ -78,7 +78,7 @@ def ensure_boundaries(model: torch.nn.Module, gate: Gate) -> tuple[int, int]:
 def _bounded(function: Callable[..., Any], gate: Gate) -> Callable[..., Any]:
     @wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
-        if gate.is_closed or is_compiling():
+        if is_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
             return function(*args, **kwargs)
         gate.cross()
         gate.is_closed = True

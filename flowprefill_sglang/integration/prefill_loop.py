@@ -34,6 +34,7 @@ from flowprefill_sglang.integration.wakeup import Doorbell, KvEvents, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 from flowprefill_sglang.prefill_worker.journal import Journal
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
@@ -108,10 +109,9 @@ class PrefillLoop:
     def run(self) -> None:
         """Serve until SGLang is told to exit. What is still under way then is discarded."""
         self._kv_events.listen(self._wakeup)
-        self._gate.watch(self._is_message_waiting)
+        self._gate.watch(self._is_event_waiting)
         try:
-            while not self._scheduler.gracefully_exit:
-                self._turn()
+            with_frame_room(self._serve)
         finally:
             self._kv_events.listen(None)
             self._gate.watch(None)
@@ -119,6 +119,10 @@ class PrefillLoop:
                 begun.forward.discard()
             self._doorbell.close()
             self._wakeup.close()
+
+    def _serve(self) -> None:
+        while not self._scheduler.gracefully_exit:
+            self._turn()
 
     def _turn(self) -> None:
         scheduler = self._scheduler
@@ -158,14 +162,13 @@ class PrefillLoop:
         requests need their metadata buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then
         the cache could not be flushed after a weight update either."""
         scheduler, events = self._scheduler, self._kv_events
-        if events.ended_at is not None:
-            self._has_news(events.ended_at)
-            events.ended_at = None
+        ended_at, events.ended_at = events.ended_at, None
         if (
             scheduler.disagg_prefill_inflight_queue
             and scheduler.process_disagg_prefill_inflight_queue()
             and self._is_short_of_memory
         ):
+            self._has_news(ended_at or 0.0)
             self._trigger = Trigger.KV_POOL
 
     def _take_in_kv_events(self) -> None:
@@ -189,7 +192,9 @@ class PrefillLoop:
         is_polled = scheduler.disagg_prefill_bootstrap_queue.queue or scheduler.disagg_prefill_inflight_queue
         self._wakeup.wait(TRANSPORT_TICK_S if is_polled or self._core.waiting else HOUSEKEEPING_S)
 
-    def _is_message_waiting(self) -> bool:
+    def _is_event_waiting(self) -> bool:
+        if self._kv_events.is_end_due(is_urgent=self._is_short_of_memory):
+            return True
         if not self._doorbell.is_rung:
             return False
         self._doorbell.is_rung = False
@@ -384,7 +389,7 @@ class PrefillLoop:
                 assert self._core.running is not None
                 self._advance(self._core.running)
         finally:
-            self._gate.watch(self._is_message_waiting)
+            self._gate.watch(self._is_event_waiting)
             self._reporter.flush()  # there may be no round for long: a paused engine takes none
 
     def begun_reqs(self) -> list[Req]:

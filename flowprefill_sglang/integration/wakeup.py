@@ -26,6 +26,10 @@ MAX_READY_ROOMS = 4096
 """Rooms whose decode instance is ready and whose request has not come, of which the moment is remembered. A request
 that SGLang refuses never comes; the moment serves the measurement of blocking times alone."""
 
+END_MAY_WAIT_S = 0.02
+"""How long a handoff that ended well may wait for the running task's end before it stops that task. Nobody waits for
+what it holds unless memory is short; a stop costs up to a tenth of a millisecond, and one takes in several handoffs."""
+
 
 class Wakeup:
     """Owned by the scheduler's thread; ``now_please`` may be called from any."""
@@ -41,6 +45,10 @@ class Wakeup:
     def now_please(self) -> None:
         """Stop the running task at its next boundary, or get the loop up if it sleeps."""
         self._gate.raise_flag()
+        self.if_asleep()
+
+    def if_asleep(self) -> None:
+        """Get the loop up if it sleeps, or keep it from going to sleep."""
         os.eventfd_write(self._eventfd, 1)
 
     def clear(self) -> None:
@@ -108,6 +116,11 @@ class KvEvents:
         self.ready_at.clear()
         self.ended_at = None
 
+    def is_end_due(self, *, is_urgent: bool) -> bool:
+        """Whether an ended handoff is worth a stop of the running task by now."""
+        ended_at = self.ended_at
+        return ended_at is not None and (is_urgent or time.monotonic() - ended_at > END_MAY_WAIT_S)
+
     def changed(self, room: int, status: Any) -> None:  # KVPoll, from any thread
         """A room has a new status."""
         wakeup = self._wakeup
@@ -117,13 +130,16 @@ class KvEvents:
             if len(self.ready_at) >= MAX_READY_ROOMS:
                 self.ready_at.clear()  # in one step, as other threads may be here too
             self.ready_at[room] = time.monotonic()
+            wakeup.now_please()
+            return
+        self.ready_at.pop(room, None)
+        if self.ended_at is None:  # a plain assignment: two threads may report at once
+            self.ended_at = time.monotonic()
+        if status == KVPoll.Failed:
+            self.has_failure = True
+            wakeup.now_please()
         else:
-            self.ready_at.pop(room, None)
-            if status == KVPoll.Failed:  # a plain assignment: two threads may report at once
-                self.has_failure = True
-            if self.ended_at is None:
-                self.ended_at = time.monotonic()
-        wakeup.now_please()
+            wakeup.if_asleep()  # a running task is stopped by is_end_due
 
 
 kv_events = KvEvents()

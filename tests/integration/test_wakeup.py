@@ -95,11 +95,25 @@ def events(bed: Wakeup) -> KvEvents:
     return events
 
 
-@pytest.mark.parametrize("status", [KVPoll.WaitingForInput, KVPoll.Success, KVPoll.Failed])
+@pytest.mark.parametrize("status", [KVPoll.WaitingForInput, KVPoll.Failed])
 def test_changes_that_call_for_a_look_wake(events: KvEvents, gate: Gate, bed: Wakeup, status: KVPoll) -> None:
     events.changed(7, status)
     assert gate.is_raised
     assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_a_handoff_that_ended_well_stops_a_task_only_where_it_is_urgent_or_has_waited(
+    events: KvEvents, gate: Gate, bed: Wakeup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not events.is_end_due(is_urgent=True)
+    events.changed(7, KVPoll.Success)
+    assert not gate.is_raised
+    assert events.is_end_due(is_urgent=True)
+    monkeypatch.setattr(wakeup, "END_MAY_WAIT_S", LONG_S)
+    assert not events.is_end_due(is_urgent=False)
+    monkeypatch.setattr(wakeup, "END_MAY_WAIT_S", -1.0)
+    assert events.is_end_due(is_urgent=False)
+    assert seconds(bed.wait, LONG_S) < 1, "an idle loop gets up for it at once"
 
 
 @pytest.mark.parametrize("status", [KVPoll.Bootstrapping, KVPoll.Transferring])
