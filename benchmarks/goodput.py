@@ -352,10 +352,6 @@ class Benchmark:
         }
 
 
-def _range(s: dict[str, float]) -> str:
-    return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
-
-
 def is_met(record: RequestRecord, objective: Objective) -> bool:
     """Complete, and the first token in time."""
     return record.error is None and record.ttft_s is not None and 1_000 * record.ttft_s <= objective.slo_ms
