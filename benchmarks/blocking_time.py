@@ -121,7 +121,7 @@ def _time_operators(model: str, lengths: Sequence[int], forwards: int, seed: int
     import torch
 
     from flowprefill_sglang.integration.offline_forward import OfflineEngine
-    from flowprefill_sglang.integration.operator_boundaries import install
+    from flowprefill_sglang.integration.preemption.operator_boundaries import install
     from flowprefill_sglang.prefill_worker.boundaries import Gate
 
     torch.set_num_threads(1)

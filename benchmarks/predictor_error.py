@@ -31,9 +31,9 @@ from results_file import write_result
 from flowprefill_sglang.core.calibration import calibrate, grid, held_out, measure
 from flowprefill_sglang.core.cost_fit import Sample, errors, fit
 from flowprefill_sglang.core.prefill_cost import CostModel
-from flowprefill_sglang.integration.cost_model import START_UP_BUDGET_S, limits
+from flowprefill_sglang.integration.costs.cost_model import START_UP_BUDGET_S, limits
+from flowprefill_sglang.integration.costs.profiling import ForwardTimer
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
-from flowprefill_sglang.integration.profiling import ForwardTimer
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}

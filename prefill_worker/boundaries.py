@@ -1,8 +1,8 @@
 """The one check that a running prefill makes at every operator boundary.
 
 Owned by the scheduler's thread: every method but ``raise_flag`` is called there. Operators that were wrapped once, at
-start-up (``integration.operator_boundaries``), call ``cross``; a task (``prefill_worker.task``) opens the gate while it
-runs. Nothing is decided here: an event leads back to the scheduler's loop, and the policy there decides.
+start-up (``integration.preemption.operator_boundaries``), call ``cross``; a task (``prefill_worker.task``) opens the
+gate while it runs. Nothing is decided here: an event leads back to the scheduler's loop, and the policy there decides.
 """
 
 from __future__ import annotations

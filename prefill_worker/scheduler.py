@@ -13,7 +13,7 @@ Requests and tasks, and where they go::
 A *task* is one batch's forward pass. At most one is RUNNING. A round asks ``ranking`` for everything that could run,
 best first, and runs the first that memory admits; ``batch_of`` adds small requests to the batch of a new head.
 
-Who drives it: ``integration.prefill_loop`` with SGLang's scheduler, on that process's main thread, and the simulator.
+Who drives it: ``integration.prefill.loop`` with SGLang's scheduler, on that process's main thread, and the simulator.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 if TYPE_CHECKING:
-    from flowprefill_sglang.integration.cost_profile import Profile
+    from flowprefill_sglang.integration.costs.cost_profile import Profile
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def run_profile(namespace: argparse.Namespace) -> int:
 def _measure(model_path: Path, namespace: argparse.Namespace, console: Console) -> Profile:
     with console.status(f"loading {model_path.name}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang 0.5.23 warns of each kernel library that is not for this device
-        from flowprefill_sglang.integration.cost_profile import Profiler
+        from flowprefill_sglang.integration.costs.cost_profile import Profiler
 
         profiler = Profiler(model_path, namespace.rest)
     with Progress(console=console) as progress:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
-from flowprefill_sglang.integration.request_terms import dispatched
+from flowprefill_sglang.integration.prefill.request_terms import dispatched
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp, call
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.wire.framing import Buffer

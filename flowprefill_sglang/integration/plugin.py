@@ -32,13 +32,8 @@ def register() -> None:
 
 
 def _register() -> None:
-    from flowprefill_sglang.integration import (
-        cpu_arithmetic,
-        cpu_disaggregation,
-        platform,
-        request_terms,
-        transfer_backend,
-    )
+    from flowprefill_sglang.integration import cpu_arithmetic, cpu_disaggregation, platform, transfer_backend
+    from flowprefill_sglang.integration.prefill import request_terms
 
     # The eager runner otherwise copies each batch's inputs into one static buffer per process, which a suspended
     # forward would share with the running one. Inherited by the scheduler processes.
@@ -59,11 +54,11 @@ def _register() -> None:
 
 def _scheduler_hooks(settings: SchedulerSettings) -> list[Hook]:
     """What a prefill worker's processes get beside."""
-    from flowprefill_sglang.integration import prefill_control, prefill_start, stock_recorder, wakeup
+    from flowprefill_sglang.integration.prefill import control, start, stock_recorder, wakeup
 
     if settings.kind is SchedulerKind.STOCK:
         return stock_recorder.hooks(settings)
-    return [*prefill_start.hooks(settings), *prefill_control.hooks(), *wakeup.hooks()]
+    return [*start.hooks(settings), *control.hooks(), *wakeup.hooks()]
 
 
 def require_loaded() -> None:

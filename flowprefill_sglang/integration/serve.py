@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from flowprefill_sglang.errors import FlowPrefillError, InternalError
 from flowprefill_sglang.integration.platform import has_accelerator
 from flowprefill_sglang.integration.plugin import require_loaded
-from flowprefill_sglang.integration.refusals import refuse_what_cannot_work, refused_by_sglang
-from flowprefill_sglang.integration.worker_events import count_metrics, published_endpoint, timeline_route
+from flowprefill_sglang.integration.prefill.refusals import refuse_what_cannot_work, refused_by_sglang
+from flowprefill_sglang.integration.prefill.worker_events import count_metrics, published_endpoint, timeline_route
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed

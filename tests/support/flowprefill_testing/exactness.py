@@ -32,9 +32,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowprefill_sglang.integration.activation_bound import activation_bytes
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
-from flowprefill_sglang.integration.self_test import interruption_fault
+from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
+from flowprefill_sglang.integration.preemption.self_test import interruption_fault
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.interrupted import JOBS, Action, Bench, Mismatch, Schedule, Step
 from flowprefill_testing.tiny_models import make_model

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from flowprefill_sglang.integration.attention_slots import AttentionSlots
-from flowprefill_sglang.integration.forward_state import ForwardState
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
-from flowprefill_sglang.integration.operator_boundaries import install
+from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
+from flowprefill_sglang.integration.preemption.forward_state import ForwardState
+from flowprefill_sglang.integration.preemption.operator_boundaries import install
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.tiny_models import VOCABULARY

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flowprefill_sglang.integration.request_terms import attach, dispatched, terms_of
+from flowprefill_sglang.integration.prefill.request_terms import attach, dispatched, terms_of
 from flowprefill_sglang.wire.messages import Dispatch
 from flowprefill_testing.sglang_process import facts_of
 
@@ -150,7 +150,7 @@ def test_the_real_tokenizer_managers_message_carries_the_terms_and_sglang_surviv
         load_plugins()
         from sglang.srt.managers import io_struct, tokenizer_manager
         from sglang.srt.sampling.sampling_params import SamplingParams
-        from flowprefill_sglang.integration.request_terms import dispatched, terms_of
+        from flowprefill_sglang.integration.prefill.request_terms import dispatched, terms_of
         from flowprefill_sglang.wire.messages import Dispatch
 
         tokenizer_manager._validate_watermark_request = lambda params: None  # asks for the server's arguments

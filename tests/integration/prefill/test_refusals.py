@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from flowprefill_sglang.errors import BadInput
-from flowprefill_sglang.integration import refusals
-from flowprefill_sglang.integration.refusals import refuse_what_cannot_work
+from flowprefill_sglang.integration.prefill import refusals
+from flowprefill_sglang.integration.prefill.refusals import refuse_what_cannot_work
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 from flowprefill_testing.sglang_process import facts_of
 

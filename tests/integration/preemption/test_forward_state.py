@@ -36,7 +36,7 @@ SCRIPT = """
     from sglang.srt.model_executor import forward_context
     from sglang.srt.observability.scheduler_stage_metrics import SchedulerStageMetricsRecorder
     from flowprefill_sglang.errors import InternalError
-    from flowprefill_sglang.integration.forward_state import ForwardState, obstacles
+    from flowprefill_sglang.integration.preemption.forward_state import ForwardState, obstacles
     from flowprefill_sglang.prefill_worker.boundaries import Gate
     from flowprefill_sglang.prefill_worker.task import ForwardTask
 

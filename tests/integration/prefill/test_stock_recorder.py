@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flowprefill_sglang.integration import stock_recorder
+from flowprefill_sglang.integration.prefill import stock_recorder
 from flowprefill_sglang.observe.events import RequestArrived, TaskFinished, TaskStarted
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
 from flowprefill_testing.sglang_process import facts_of
@@ -106,7 +106,7 @@ def test_only_last_chunks_end_requests() -> None:
 
         load_plugins()
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
-        from flowprefill_sglang.integration import stock_recorder
+        from flowprefill_sglang.integration.prefill import stock_recorder
         from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
 
         events = []

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flowprefill_sglang.integration import prefill_control
-from flowprefill_sglang.integration.prefill_control import NO_TASKS_BEYOND, NOTHING_BEGUN_BEYOND, control
+from flowprefill_sglang.integration.prefill.control import NO_TASKS_BEYOND, NOTHING_BEGUN_BEYOND, control, hooks
 from flowprefill_testing.sglang_process import facts_of
 
 
@@ -35,7 +34,7 @@ def loop() -> Iterator[Loop]:
 
 
 def hook(target: str):
-    (found,) = [hook.function for hook in prefill_control.hooks() if hook.target.endswith(f".{target}")]
+    (found,) = [hook.function for hook in hooks() if hook.target.endswith(f".{target}")]
     return found
 
 

@@ -8,8 +8,8 @@ import pytest
 import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
-from flowprefill_sglang.integration import wakeup
-from flowprefill_sglang.integration.wakeup import Doorbell, KvEvents, Wakeup
+from flowprefill_sglang.integration.prefill import wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, KvEvents, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 LONG_S = 20.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from flowprefill_sglang.integration.activation_bound import activation_bytes
+from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
 from flowprefill_sglang.prefill_worker.admission import Room
 
 if TYPE_CHECKING:

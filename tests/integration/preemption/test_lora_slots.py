@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from flowprefill_sglang.errors import StartupError
-from flowprefill_sglang.integration.lora_slots import hold_adapters
+from flowprefill_sglang.integration.preemption.lora_slots import hold_adapters
 from flowprefill_testing.sglang_process import facts_of
 
 

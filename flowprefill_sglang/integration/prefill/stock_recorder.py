@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any, Final
 
 from flowprefill_sglang.integration.hooks import Hook, HookKind
-from flowprefill_sglang.integration.request_terms import terms_of
+from flowprefill_sglang.integration.prefill.request_terms import terms_of
 from flowprefill_sglang.observe.events import Outcome, RequestArrived, RequestEnded, TaskFinished, TaskStarted
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter, from_environment
 from flowprefill_sglang.prefill_worker.settings import SchedulerSettings

@@ -43,7 +43,7 @@ ADAPTED = """
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from flowprefill_sglang.integration.prefill_start import _adapt
+    from flowprefill_sglang.integration.prefill.start import _adapt
     from flowprefill_sglang.prefill_worker.boundaries import Gate
 
     gate, pool_tokens, page_tokens = Gate(), 6592, 16

@@ -55,16 +55,16 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.core.aging import AgingLimits
     from flowprefill_sglang.core.batching import BatchLimits
     from flowprefill_sglang.core.prefill_cost import Predictor
-    from flowprefill_sglang.integration.attention_slots import AttentionSlots
-    from flowprefill_sglang.integration.cost_model import cost_model
-    from flowprefill_sglang.integration.forward_state import ForwardState, obstacles
-    from flowprefill_sglang.integration.lora_slots import hold_adapters
-    from flowprefill_sglang.integration.operator_boundaries import ensure_boundaries, install
-    from flowprefill_sglang.integration.prefill_control import control
-    from flowprefill_sglang.integration.prefill_loop import PrefillLoop
-    from flowprefill_sglang.integration.prefill_memory import PrefillMemory
-    from flowprefill_sglang.integration.self_test import interruption_fault
-    from flowprefill_sglang.integration.wakeup import kv_events
+    from flowprefill_sglang.integration.costs.cost_model import cost_model
+    from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
+    from flowprefill_sglang.integration.preemption.forward_state import ForwardState, obstacles
+    from flowprefill_sglang.integration.preemption.lora_slots import hold_adapters
+    from flowprefill_sglang.integration.preemption.operator_boundaries import ensure_boundaries, install
+    from flowprefill_sglang.integration.preemption.self_test import interruption_fault
+    from flowprefill_sglang.integration.prefill.control import control
+    from flowprefill_sglang.integration.prefill.loop import PrefillLoop
+    from flowprefill_sglang.integration.prefill.memory import PrefillMemory
+    from flowprefill_sglang.integration.prefill.wakeup import kv_events
     from flowprefill_sglang.prefill_worker.boundaries import Gate
     from flowprefill_sglang.prefill_worker.reporter import from_environment
     from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler

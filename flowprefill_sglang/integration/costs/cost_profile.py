@@ -14,12 +14,12 @@ from flowprefill_sglang.core.cost_file import HardwareKey, ModelKey
 from flowprefill_sglang.core.cost_fit import Sample, errors, fit
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.errors import BadInput
-from flowprefill_sglang.integration.cost_model import hardware_key, limits, model_key
+from flowprefill_sglang.integration.costs.cost_model import hardware_key, limits, model_key
+from flowprefill_sglang.integration.costs.profiling import ForwardTimer
 from flowprefill_sglang.integration.cpu_arithmetic import flush_denormals
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.platform import has_accelerator
-from flowprefill_sglang.integration.profiling import ForwardTimer
-from flowprefill_sglang.integration.refusals import refused_by_sglang
+from flowprefill_sglang.integration.prefill.refusals import refused_by_sglang
 
 HELD_OUT_BATCHES: Final = 40
 LENGTH_FACTOR: Final = 2.0

@@ -18,9 +18,9 @@ SCRIPT = """
     from flowprefill_sglang.core.cost_file import CostFile, default_path, save
     from flowprefill_sglang.core.prefill_cost import CostModel, Extent
     from flowprefill_sglang.errors import OutOfCapacity, StartupError
-    from flowprefill_sglang.integration.cost_model import cost_model, hardware_key, limits, model_key
+    from flowprefill_sglang.integration.costs.cost_model import cost_model, hardware_key, limits, model_key
     from flowprefill_sglang.integration.offline_forward import OfflineEngine
-    from flowprefill_sglang.integration.profiling import ForwardTimer
+    from flowprefill_sglang.integration.costs.profiling import ForwardTimer
 
     engine = OfflineEngine({model!r}, max_total_tokens=2000, mem_fraction_static=0.3, log_level="error")
     scheduler, runner = engine.scheduler, engine.model_runner

@@ -13,7 +13,7 @@ import torch
 from flowprefill_sglang.core.calibration import Limits, calibrate
 from flowprefill_sglang.core.cost_file import HardwareKey, ModelKey, default_path, load
 from flowprefill_sglang.core.prefill_cost import CostModel
-from flowprefill_sglang.integration.profiling import ForwardTimer
+from flowprefill_sglang.integration.costs.profiling import ForwardTimer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler

@@ -13,7 +13,7 @@ import pytest
 from starlette.applications import Starlette
 
 from flowprefill_sglang.errors import StartupError
-from flowprefill_sglang.integration.worker_events import published_endpoint, timeline_route
+from flowprefill_sglang.integration.prefill.worker_events import published_endpoint, timeline_route
 from flowprefill_sglang.observe import recording
 from flowprefill_sglang.observe.events import RequestArrived
 from flowprefill_sglang.prefill_worker.asgi_call import call

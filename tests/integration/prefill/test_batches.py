@@ -18,10 +18,10 @@ SCRIPT = """
 
     load_plugins()
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
-    from flowprefill_sglang.integration import prefill_batches
-    from flowprefill_sglang.integration.prefill_batches import PrefillBatches
+    from flowprefill_sglang.integration.prefill import batches
+    from flowprefill_sglang.integration.prefill.batches import PrefillBatches
 
-    prefill_batches.set_schedule_time_batch = lambda batch: None
+    batches.set_schedule_time_batch = lambda batch: None
 
     class Req:
         def __init__(self, name, tokens):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flowprefill_sglang.errors import InternalError, StartupError
-from flowprefill_sglang.integration import operator_boundaries
-from flowprefill_sglang.integration.operator_boundaries import ensure_boundaries, install
+from flowprefill_sglang.integration.preemption import operator_boundaries
+from flowprefill_sglang.integration.preemption.operator_boundaries import ensure_boundaries, install
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_testing.sglang_process import facts_of
 
@@ -150,7 +150,7 @@ def test_sglang_has_every_operator_and_their_subclasses_are_found() -> None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        from flowprefill_sglang.integration.operator_boundaries import install
+        from flowprefill_sglang.integration.preemption.operator_boundaries import install
         from flowprefill_sglang.prefill_worker.boundaries import Gate
 
         facts["wrapped"] = install(Gate())

@@ -6,7 +6,7 @@ turn: take in what has happened, decide if something happened that calls for a d
 it ends or an event stops it at a boundary. With nothing to run it sleeps until something happens.
 
 What happens comes from two sides. SGLang's sockets bring requests, aborts and control requests; SGLang's own
-``ingest_requests`` handles them (``prefill_control`` sees to those that must not meet a suspended task). The transfer
+``ingest_requests`` handles them (``control`` sees to those that must not meet a suspended task). The transfer
 backend's threads report through ``wakeup.kv_events``: a decode instance is ready for a request, a handoff has ended.
 """
 
@@ -27,10 +27,10 @@ from sglang.srt.disaggregation.utils import is_aborted
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import InternalError
-from flowprefill_sglang.integration.prefill_batches import Batch, PrefillBatches
-from flowprefill_sglang.integration.prefill_memory import PrefillMemory
-from flowprefill_sglang.integration.request_terms import terms_of
-from flowprefill_sglang.integration.wakeup import Doorbell, KvEvents, Wakeup
+from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
+from flowprefill_sglang.integration.prefill.memory import PrefillMemory
+from flowprefill_sglang.integration.prefill.request_terms import terms_of
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, KvEvents, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
