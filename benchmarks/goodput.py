@@ -12,7 +12,8 @@ part of the load. A probe in which more have missed than any rate of interest ha
 if all the others met theirs.
 
 The workload is a mix of two real traces: chats of the Azure conversation trace and the long contexts of Mooncake's,
-merged by their own times. Prompts too long for the model are left out, and counted.
+merged by their own times; Mooncake's are known to three seconds, within which they are spread. Prompts too long for the
+model are left out, and counted.
 
     python benchmarks/goodput.py --json result.json
     python benchmarks/goodput.py --trace AzureLLMInferenceTrace_conv.csv --format azure --json result.json
@@ -58,7 +59,7 @@ from flowprefill_sglang.bench.probe import measure_isolated_ttft
 from flowprefill_sglang.bench.report import percentile
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
-from flowprefill_sglang.workload.trace import TraceRequest, cap_outputs, scale_lengths
+from flowprefill_sglang.workload.trace import TraceRequest, cap_outputs, scale_lengths, spread_ties
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     flowprefill("feasible", name="flowprefill"),
@@ -71,6 +72,8 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     stock("shortest-prefill-first", "--schedule-policy", "shortest-prefill-first"),
     stock("hrrn", "--schedule-policy", "hrrn"),
 )
+COARSE_TIMES = frozenset({"mooncake"})
+"""Formats whose arrivals are known to a few seconds only: they are spread over that time."""
 HOPELESS = 0.75
 """A probe is cut short once its attainment cannot be above this."""
 GUESSED_LOAD = {True: 0.2, False: 0.9}
@@ -152,7 +155,7 @@ def load_windows(options: argparse.Namespace) -> tuple[list[Window], dict[str, A
     files = []
     for path, name in zip(options.trace, options.format, strict=True):
         trace = load_trace(path, name)
-        rows += trace.requests
+        rows += spread_ties(trace.requests, options.seed) if name in COARSE_TIMES else trace.requests
         files.append({"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     rows.sort(key=lambda row: row.arrival_s)
     # Content is no part of this: hash ids of two traces could meet, and every configuration has the same radix cache.

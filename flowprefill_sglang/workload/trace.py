@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from flowprefill_sglang.errors import BadInput
 
@@ -49,6 +51,19 @@ def scale_rate(requests: Sequence[TraceRequest], factor: float) -> tuple[TraceRe
     """``factor`` times the request rate: every interval between arrivals is divided by it."""
     _check_factor("rate scale", factor)
     return tuple(replace(r, arrival_s=r.arrival_s / factor) for r in requests)
+
+
+def spread_ties(requests: Sequence[TraceRequest], seed: int) -> tuple[TraceRequest, ...]:
+    """For traces with coarse times: rows of equal arrival are spread at random over the time until the next other one.
+
+    Mooncake's published traces know arrivals to three seconds, some ten requests each. Played as they are, all ten
+    arrive in the same instant however much the trace is stretched. The last rows of equal time stay where they are.
+    """
+    rng = random.Random(seed)
+    times = sorted({r.arrival_s for r in requests})
+    room_s = {earlier: later - earlier for earlier, later in pairwise(times)}
+    spread = [replace(r, arrival_s=r.arrival_s + rng.random() * room_s.get(r.arrival_s, 0.0)) for r in requests]
+    return tuple(sorted(spread, key=lambda r: r.arrival_s))
 
 
 def scale_lengths(requests: Sequence[TraceRequest], factor: float) -> tuple[TraceRequest, ...]:

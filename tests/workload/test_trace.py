@@ -12,6 +12,7 @@ from flowprefill_sglang.workload.trace import (
     fitting_length_factor,
     scale_lengths,
     scale_rate,
+    spread_ties,
     window,
 )
 
@@ -100,3 +101,13 @@ def test_longer_prompts_belong_to_more_patient_classes() -> None:
 def test_a_context_without_room_is_refused() -> None:
     with pytest.raises(BadInput, match="no room"):
         fitting_length_factor([], 20, 16)
+
+
+def test_rows_of_equal_time_are_spread_until_the_next_time() -> None:
+    rows = [TraceRequest(arrival_s=at, input_tokens=n, output_tokens=1) for n, at in enumerate([0, 0, 0, 3, 3, 9], 2)]
+    spread = spread_ties(rows, seed=1)
+    assert spread == spread_ties(rows, seed=1) != spread_ties(rows, seed=2)
+    assert sorted(r.input_tokens for r in spread) == [r.input_tokens for r in rows]
+    assert [r.arrival_s for r in spread] == sorted({r.arrival_s for r in spread}), "no two at once, in order"
+    room = {2: (0, 3), 3: (0, 3), 4: (0, 3), 5: (3, 9), 6: (3, 9), 7: (9, 9)}
+    assert all(room[r.input_tokens][0] <= r.arrival_s <= room[r.input_tokens][1] for r in spread)
