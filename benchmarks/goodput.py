@@ -76,10 +76,8 @@ COARSE_TIMES = frozenset({"mooncake"})
 """Formats whose arrivals are known to a few seconds only: they are spread over that time."""
 HOPELESS = 0.75
 """A probe is cut short once its attainment cannot be above this."""
-GUESSED_LOAD = {True: 0.2, False: 0.9}
+GUESSED_LOAD = {True: 0.35, False: 1.2}
 """Where the first search starts, as a share of what the machine can compute: stock, ours. No result depends on it."""
-LATER_PROBES_LESS = 1
-"""Windows after the first begin where the one before ended, and need fewer probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=sorted(FORMATS), action="append", help="of each trace, in their order")
     parser.add_argument("--requests", type=int, default=160, help="of a window, at most: as many as --minutes allow")
     parser.add_argument("--repeats", type=int, default=3, help="windows, spread over the trace")
-    parser.add_argument("--probes", type=int, default=4, help="rates tried for each configuration, in the first window")
+    parser.add_argument("--probes", type=int, default=4, help="rates tried for each configuration and window")
     parser.add_argument("--length-scale", type=float, default=0.25, help="prompt lengths are multiplied by this")
     parser.add_argument("--max-tokens", type=int, default=8_000, help="longer prompts, after scaling, are left out")
     parser.add_argument("--layers", type=int, default=DEEP_SHAPE.num_hidden_layers, help="of the model")
@@ -163,7 +161,7 @@ def load_windows(options: argparse.Namespace) -> tuple[list[Window], dict[str, A
     fitting = [replace(r, hash_ids=()) for r in scaled if r.input_tokens <= options.max_tokens]
     windows = []
     for number in range(options.repeats):
-        first = number * len(fitting) // options.repeats
+        first = (2 * number + 1) * len(fitting) // (2 * options.repeats)  # a trace's beginning is not like the rest
         part = fitting[first : first + options.requests]
         windows.append(
             Window(
@@ -243,15 +241,11 @@ class Benchmark:
 
     def _fit_into_time(self, capacity_rps: float) -> None:
         """As many requests a window as can be probed in the time given."""
-        probes = sum(self._probes_in(window) for window in self.windows)
+        probes = self.options.probes * len(self.windows)
         per_request_s = sum(1 / (capacity_rps * GUESSED_LOAD[c.is_stock]) for c in self.options.configurations)
         count = min(self.options.requests, max(30, int(60 * self.options.minutes / (probes * per_request_s))))
         self.windows = [replace(window, requests=window.requests[:count]) for window in self.windows]
         print(f"busy at about {capacity_rps:.1f} rps; {count} requests a window", flush=True)
-
-    def _probes_in(self, window: Window) -> int:
-        probes: int = self.options.probes - (LATER_PROBES_LESS if window.number else 0)
-        return max(2, probes)
 
     async def _search(self, live: LiveWorkers, window: Window, capacity_rps: float) -> None:
         searches = {}
@@ -259,7 +253,7 @@ class Benchmark:
             earlier = list(self.found[configuration.name].values())
             guess = capacity_rps * GUESSED_LOAD[configuration.is_stock]
             searches[configuration.name] = GoodputSearch(guess_rps=earlier[-1].rate_rps if earlier else guess)
-        for number in range(self._probes_in(window)):
+        for number in range(self.options.probes):
             for name, search in searches.items():
                 rate_rps = search.next_rate()
                 row = await self._probe(live[name], window, rate_rps)
