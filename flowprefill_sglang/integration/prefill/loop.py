@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 import zmq
 from sglang.srt.disaggregation.utils import is_aborted
@@ -28,6 +26,7 @@ from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
+from flowprefill_sglang.integration.prefill.grammars import Grammars
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
 from flowprefill_sglang.integration.prefill.wakeup import Doorbell, KvEvents, Wakeup
@@ -94,13 +93,13 @@ class PrefillLoop:
         self._sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
         self._wakeup = Wakeup(self._sockets, gate)
         self._doorbell = Doorbell(self._sockets)
+        self._grammars = Grammars(scheduler, self._wakeup)
         self._reqs: dict[Request, Req] = {}
         self._request_of: dict[Req, Request] = {}
         self._begun: dict[Task, Begun] = {}
         self._trigger: Trigger | None = None
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
-        self._awaited_grammars: WeakSet[Future[object]] = WeakSet()
         self._is_short_of_memory = False
         self._building_s = 0.0  # of this round: SGLang making batches
 
@@ -134,7 +133,7 @@ class PrefillLoop:
             scheduler._record_scheduler_state_for_paused_engine()
             self._wakeup.wait(HOUSEKEEPING_S)
             return
-        self._take_in_grammars()
+        self._grammars.take_in()
         self._take_in_kv_events()
         scheduler.maybe_send_health_check_signal()
         if self._trigger is not None:
@@ -143,19 +142,6 @@ class PrefillLoop:
             self._idle()
         else:
             self._advance(self._core.running)
-
-    def _take_in_grammars(self) -> None:
-        """Let in the requests whose grammar is compiled by now, and be woken when another one is. SGLang looks when it
-        makes a batch, which happens here only for a request that is in already."""
-        scheduler, grammars = self._scheduler, self._scheduler.grammar_manager
-        if not grammars.has_waiting_grammars():
-            return
-        for req in grammars.get_ready_grammar_requests():
-            scheduler._add_request_to_queue(req)
-        for req in grammars.grammar_queue:
-            if isinstance(req.grammar, Future) and req.grammar not in self._awaited_grammars:
-                self._awaited_grammars.add(req.grammar)
-                req.grammar.add_done_callback(lambda _: self._wakeup.now_please())
 
     def _take_in_ended_handoffs(self) -> None:
         """Free what ended handoffs held. Before all else: a flush that came meanwhile would be refused for them, and
