@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import socket
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from flowprefill_sglang.core.policies import POLICIES
+from flowprefill_sglang.flag_values import count, positive_seconds, seconds
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default=None, help="unique name of this worker (default: HOST-PID)")
     parser.add_argument(
         "--shutdown-drain-secs",
-        type=_seconds,
+        type=seconds,
         default=WorkerConfig.leave_after_s,
         metavar="S",
         help="longest wait for requests in flight on shutdown (default: %(default)s)",
@@ -65,21 +65,21 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-wait-secs",
-        type=_positive_seconds,
+        type=positive_seconds,
         default=defaults.max_wait_s,
         metavar="S",
         help="a request that has waited this long, or past a longer objective, runs next (default: %(default)s)",
     )
     group.add_argument(
         "--max-suspend-secs",
-        type=_positive_seconds,
+        type=positive_seconds,
         default=defaults.max_suspend_s,
         metavar="S",
         help="a task suspended this long goes on next (default: %(default)s)",
     )
     group.add_argument(
         "--batch-tokens",
-        type=_count,
+        type=count,
         default=defaults.batch_tokens,
         metavar="N",
         help="most new tokens of a batch of several requests (default: %(default)s)",
@@ -102,29 +102,6 @@ def _endpoint(text: str) -> str:
     if not is_endpoint:
         raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT, the router's --worker-bind, got {text}")
     return text
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
-    return value
-
-
-def _positive_seconds(text: str) -> float:
-    value = _seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text}")
-    return int(text)
 
 
 def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from flowprefill_sglang.bench.timeline_plot import check_suffix
 from flowprefill_sglang.cli.demo_run import DemoRun
 from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.errors import BadInput, StartupError
+from flowprefill_sglang.flag_values import count, factor, seconds
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
 from flowprefill_sglang.workload.generator import generate_workload
@@ -52,8 +52,8 @@ DEFAULT_TIMELINE = Path("flowprefill-timeline.png")
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``demo``."""
     cluster = parser.add_argument_group("cluster")
-    cluster.add_argument("--prefill", type=_count, metavar="N", help=f"prefill workers (default {DEFAULT_PREFILL})")
-    cluster.add_argument("--decode", type=_count, metavar="M", help=f"decode instances (default {DEFAULT_DECODE})")
+    cluster.add_argument("--prefill", type=count, metavar="N", help=f"prefill workers (default {DEFAULT_PREFILL})")
+    cluster.add_argument("--decode", type=count, metavar="M", help=f"decode instances (default {DEFAULT_DECODE})")
     cluster.add_argument(
         "--scheduler",
         choices=("both", "flowprefill", "stock"),
@@ -69,20 +69,20 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--skip-bad-rows", action="store_true", help="count broken rows of the trace, do not stop at them"
     )
-    load.add_argument("--limit", type=_count, metavar="N", help="only the first N requests of the trace's window")
-    load.add_argument("--start-s", type=_seconds, default=0.0, metavar="S", help="where the window starts (default 0)")
-    load.add_argument("--duration-s", type=_seconds, metavar="S", help="length of the window (default: all)")
-    load.add_argument("--requests", type=_count, metavar="N", help=f"requests to generate (default {DEFAULT_REQUESTS})")
-    load.add_argument("--rate-scale", type=_factor, default=1.0, metavar="R", help="times the request rate (default 1)")
+    load.add_argument("--limit", type=count, metavar="N", help="only the first N requests of the trace's window")
+    load.add_argument("--start-s", type=seconds, default=0.0, metavar="S", help="where the window starts (default 0)")
+    load.add_argument("--duration-s", type=seconds, metavar="S", help="length of the window (default: all)")
+    load.add_argument("--requests", type=count, metavar="N", help=f"requests to generate (default {DEFAULT_REQUESTS})")
+    load.add_argument("--rate-scale", type=factor, default=1.0, metavar="R", help="times the request rate (default 1)")
     load.add_argument(
         "--length-scale",
-        type=_factor,
+        type=factor,
         metavar="L",
         help=f"times the lengths (default: {GENERATED_LENGTH_SCALE} for the generated workload; for a trace the "
         "largest up to 1 with which every prompt fits the model's context)",
     )
     load.add_argument(
-        "--max-output-tokens", type=_count, default=16, metavar="N", help="cut answers to this length (default 16)"
+        "--max-output-tokens", type=count, default=16, metavar="N", help="cut answers to this length (default 16)"
     )
     load.add_argument("--seed", type=int, default=0, help="seed of the generated workload and of prompts (default 0)")
     how = parser.add_argument_group("requests and results")
@@ -95,11 +95,11 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--slo-factor",
-        type=_factor,
+        type=factor,
         metavar="F",
         help="objectives: F times the paper's (default: measure single requests first and scale by those)",
     )
-    how.add_argument("--timeout-s", type=_factor, default=300.0, metavar="S", help="per request (default 300)")
+    how.add_argument("--timeout-s", type=factor, default=300.0, metavar="S", help="per request (default 300)")
     how.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     how.add_argument(
         "--timeline",
@@ -241,8 +241,8 @@ def _print_results(contestants: Sequence[Contestant], console: Console) -> None:
             console.print(to_table(report, contestant.result.prepared.objectives))
         else:
             console.print(f"{contestant.name}: {outline(contestant)}", soft_wrap=True)
-        for error, count in report.errors[:5]:
-            console.print(f"{contestant.name}: {count} × {escape(error)}", style="red", soft_wrap=True)
+        for error, times in report.errors[:5]:
+            console.print(f"{contestant.name}: {times} × {escape(error)}", style="red", soft_wrap=True)
         if report.is_client_late:
             console.print(
                 f"{contestant.name}: the load client was late: 1% of the requests left over {report.late_p99_ms:.0f} "
@@ -268,25 +268,3 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _count(text: str) -> int:
-    return int(_number(text, "a whole number of at least 1", lambda v: v >= 1 and v.is_integer()))
-
-
-def _factor(text: str) -> float:
-    return _number(text, "a number above 0", lambda v: v > 0)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, "a number of seconds, 0 or more", lambda v: v >= 0)
-
-
-def _number(text: str, expected: str, is_right: Callable[[float], bool]) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_right(value)):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value

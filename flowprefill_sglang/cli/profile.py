@@ -18,6 +18,7 @@ from rich.table import Table
 from flowprefill_sglang.bench.provenance import provenance
 from flowprefill_sglang.core.cost_file import CostFile, default_path, save
 from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.flag_values import count, positive_seconds
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``profile``; others go to SGLang."""
     parser.add_argument("--model-path", type=Path, metavar="DIR", help="model folder (default: a tiny one made here)")
     parser.add_argument(
-        "--seconds", type=_seconds, default=60.0, metavar="S", help="how long to measure, after loading (default 60)"
+        "--seconds",
+        type=positive_seconds,
+        default=60.0,
+        metavar="S",
+        help="how long to measure, after loading (default 60)",
     )
     parser.add_argument(
         "--threads",
-        type=_count,
+        type=count,
         metavar="N",
         help="threads that PyTorch computes with on a CPU: as many as the prefill worker has (default: PyTorch's)",
     )
@@ -105,19 +110,3 @@ def _print(profile: Profile, console: Console) -> None:
         f"of single runs {held_out.run_median_error:.1%} and {held_out.run_p90_error:.1%}",
         soft_wrap=True,
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
 from flowprefill_sglang.errors import BadInput
+from flowprefill_sglang.flag_values import count
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
@@ -21,8 +22,8 @@ from flowprefill_sglang.workload.tiny_model import make_tiny_model
 def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``up``; others go to every SGLang server."""
     parser.add_argument("--model-path", type=Path, default=None, help="model folder (default: a tiny one made here)")
-    parser.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill workers (default 1)")
-    parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode instances (default 1)")
+    parser.add_argument("--prefill", type=count, default=1, metavar="N", help="prefill workers (default 1)")
+    parser.add_argument("--decode", type=count, default=1, metavar="M", help="decode instances (default 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=30000, help="the router's port, 0 for a free one (default 30000)")
     parser.add_argument("--ready-file", type=Path, default=None, help="JSON written once requests are accepted")
@@ -45,12 +46,6 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router-args", type=_flags, default=(), metavar="'FLAGS'", help="flags for the router, in one string"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
 
 
 def _port(text: str) -> int:

@@ -1,0 +1,37 @@
+"""Types of command-line flags, for ``argparse``: each turns a flag's text into a value, or says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    return int(_number(text, "a whole number of at least 1", lambda v: v >= 1 and v.is_integer()))
+
+
+def factor(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, "a number above 0", lambda v: v > 0)
+
+
+def seconds(text: str) -> float:
+    """A finite number of seconds, 0 or more."""
+    return _number(text, "a number of seconds, 0 or more", lambda v: v >= 0)
+
+
+def positive_seconds(text: str) -> float:
+    """A finite number of seconds above 0."""
+    return _number(text, "a number of seconds above 0", lambda v: v > 0)
+
+
+def _number(text: str, expected: str, is_right: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and is_right(value)):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
