@@ -8,26 +8,29 @@ from collections.abc import Callable
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
-    return int(_number(text, "a whole number of at least 1", lambda v: v >= 1 and v.is_integer()))
+    """A whole number of at least 1, in digits alone."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def factor(text: str) -> float:
     """A finite number above 0."""
-    return _number(text, "a number above 0", lambda v: v > 0)
+    return number(text, "a number above 0", lambda v: v > 0)
 
 
 def seconds(text: str) -> float:
     """A finite number of seconds, 0 or more."""
-    return _number(text, "a number of seconds, 0 or more", lambda v: v >= 0)
+    return number(text, "a number of seconds, 0 or more", lambda v: v >= 0)
 
 
 def positive_seconds(text: str) -> float:
     """A finite number of seconds above 0."""
-    return _number(text, "a number of seconds above 0", lambda v: v > 0)
+    return number(text, "a number of seconds above 0", lambda v: v > 0)
 
 
-def _number(text: str, expected: str, is_right: Callable[[float], bool]) -> float:
+def number(text: str, expected: str, is_right: Callable[[float], bool]) -> float:
+    """A finite number for which ``is_right`` holds; ``expected`` says which those are, for the error."""
     try:
         value = float(text)
     except ValueError:

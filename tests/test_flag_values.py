@@ -20,7 +20,7 @@ def test_values(kind: Callable[[str], float], text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "texts"),
     [
-        (count, ("0", "-1", "2.5", "inf", "nan", "many", "")),
+        (count, ("0", "-1", "2.5", "2.0", "1e3", "+2", "inf", "nan", "many", "")),
         (factor, ("0", "-1", "inf", "nan", "x")),
         (seconds, ("-0.1", "inf", "nan", "soon")),
         (positive_seconds, ("0", "-1", "inf", "nan", "soon")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from flowprefill_sglang.bench.timeline_panels import (
 from flowprefill_sglang.bench.timeline_plot import check_suffix, draw_timeline, require_matplotlib
 from flowprefill_sglang.bench.timeline_window import most_telling_window
 from flowprefill_sglang.errors import BadInput, PeerFault
+from flowprefill_sglang.flag_values import number
 from flowprefill_sglang.observe import recording
 from flowprefill_sglang.observe.recording import Recording
 
@@ -43,13 +43,7 @@ def add_timeline_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0 and up to {MAX_SECONDS:g}, got {text}")
-    return value
+    return number(text, f"a number of seconds above 0 and up to {MAX_SECONDS:g}", lambda v: 0 < v <= MAX_SECONDS)
 
 
 def run_timeline(namespace: argparse.Namespace) -> int:

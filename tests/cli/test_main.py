@@ -36,7 +36,7 @@ def test_every_command_has_help(command: str) -> None:
         ((), "the following arguments are required: COMMAND"),
         (("dance",), "invalid choice: 'dance'"),
         (("version", "--dance"), "unrecognized arguments: --dance"),
-        (("up", "--prefill", "0"), "expected a whole number of at least 1, got '0'"),
+        (("up", "--prefill", "0"), "expected a whole number of at least 1, got 0"),
         (("up", "--port", "99999"), "expected a port from 1 to 65535, or 0 for a free one, got 99999"),
         (("up", "--ready-file", "/no/such/folder/f"), "expected a file in a folder that exists"),
         (("prefill",), "the following arguments are required: --router"),

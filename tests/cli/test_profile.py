@@ -26,7 +26,7 @@ def profile(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     [
         (("--seconds", "0"), "expected a number of seconds above 0, got '0'"),
         (("--seconds", "soon"), "expected a number of seconds above 0, got 'soon'"),
-        (("--threads", "0"), "expected a whole number of at least 1, got '0'"),
+        (("--threads", "0"), "expected a whole number of at least 1, got 0"),
         (("--json", "/no/such/folder/f"), "--json: the folder /no/such/folder does not exist"),
         (("--model-path", "/no/such/model"), "--model-path: no model at /no/such/model"),
     ],

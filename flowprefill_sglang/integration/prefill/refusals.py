@@ -18,7 +18,12 @@ STOCK = f"or --prefill-scheduler {SchedulerKind.STOCK} to keep it without preemp
 
 @contextmanager
 def refused_by_sglang() -> Iterator[None]:
-    """Raise StartupError for what SGLang's own resolution and checks of its settings raise within this block."""
+    """Raise StartupError for what SGLang's own resolution and checks of its settings raise within this block.
+
+    SGLang has no exception of its own for them: it raises ValueError, NotImplementedError or AssertionError (and has
+    bare ``assert`` statements), and transformers, which reads the model's configuration for it, OSError when there is
+    none. Anything else is a bug and keeps its traceback.
+    """
     try:
         yield
     except (ValueError, AssertionError, NotImplementedError, OSError) as error:
