@@ -7,17 +7,20 @@ gate while it runs. Nothing is decided here: an event leads back to the schedule
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 
 class Gate:
     """What a boundary checks; one per scheduler process."""
 
-    __slots__ = ("_poll", "_suspend", "boundaries", "is_closed", "is_raised")
+    __slots__ = ("_clock", "_due_at", "_look", "_suspend", "boundaries", "is_closed", "is_raised")
 
-    def __init__(self) -> None:
-        self._poll: Callable[[], bool] | None = None
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._look: Callable[[], bool] | None = None
         self._suspend: Callable[[], None] | None = None
+        self._due_at: float | None = None
         self.is_raised = False
         """Whether an event wants a scheduling round."""
         self.boundaries = 0
@@ -29,24 +32,32 @@ class Gate:
         """An event wants a scheduling round: the running task stops at its next boundary. From any thread."""
         self.is_raised = True
 
+    def raise_within(self, seconds: float) -> None:
+        """Something has happened that can change no decision: the running task stops for it after so long, unless it
+        has stopped before. From any thread."""
+        if self._due_at is None:  # a plain assignment: two threads may be here at once
+            self._due_at = self._clock() + seconds
+
     def clear(self) -> None:
         """Lower the flag. The loop must do this before it looks at what happened, or it loses what happens between."""
         self.is_raised = False
+        self._due_at = None
 
-    def watch(self, poll: Callable[[], bool] | None) -> None:
-        """Ask ``poll`` too at every boundary where the flag is down; True is an event. None: the flag alone.
-
-        It runs inside of the task, so it must change nothing, and cost nothing: small models come to a boundary every
-        half millisecond, and a look at a ZeroMQ socket, a system call, takes up to 30 µs there.
-        """
-        self._poll = poll
+    def watch(self, look: Callable[[], bool] | None) -> None:
+        """For instruments and tests: call ``look`` too at every boundary where the flag is down; True stops the task.
+        None: no more."""
+        self._look = look
 
     def cross(self) -> None:
         """Stop the running task here if an event is pending. Returns at once when nothing may stop here."""
         if self.is_closed:
             return
         self.boundaries += 1
-        if self._suspend is not None and (self.is_raised or (self._poll is not None and self._poll())):
+        if (
+            self.is_raised
+            or (self._due_at is not None and self._clock() >= self._due_at)
+            or (self._look is not None and self._look())
+        ) and self._suspend is not None:
             self._suspend()
 
     def open(self, suspend: Callable[[], None]) -> None:

@@ -32,7 +32,24 @@ def test_a_raised_flag_stops_the_running_task() -> None:
     assert (stops.count, gate.boundaries) == (1, 3)
 
 
-def test_a_watched_event_stops_the_running_task() -> None:
+def test_what_can_wait_stops_the_running_task_once_it_has_waited() -> None:
+    now = [100.0]
+    gate, stops = Gate(lambda: now[0]), Stops()
+    gate.open(stops)
+    gate.raise_within(2.0)
+    now[0] = 101.0
+    gate.raise_within(2.0)  # the first decides
+    gate.cross()
+    assert stops.count == 0
+    now[0] = 102.0
+    gate.cross()
+    assert stops.count == 1
+    gate.clear()
+    gate.cross()
+    assert stops.count == 1
+
+
+def test_an_instrument_can_stop_the_running_task() -> None:
     gate, stops = Gate(), Stops()
     asked: list[bool] = [False, True]
     gate.open(stops)
@@ -41,15 +58,6 @@ def test_a_watched_event_stops_the_running_task() -> None:
     gate.cross()
     assert stops.count == 1
     gate.watch(None)
-    gate.cross()
-    assert stops.count == 1
-
-
-def test_a_raised_flag_saves_asking_the_watched_event() -> None:
-    gate, stops = Gate(), Stops()
-    gate.open(stops)
-    gate.watch(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    gate.raise_flag()
     gate.cross()
     assert stops.count == 1
 

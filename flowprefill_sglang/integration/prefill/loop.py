@@ -7,7 +7,8 @@ it ends or an event stops it at a boundary. With nothing to run it sleeps until 
 
 What happens comes from two sides. SGLang's sockets bring requests, aborts and control requests; SGLang's own
 ``ingest_requests`` handles them (``control`` sees to those that must not meet a suspended task). The transfer
-backend's threads report through ``wakeup.kv_events``: a decode instance is ready for a request, a handoff has ended.
+backend's threads report a decode instance that is ready for a request, and a handoff that has ended. ``wakeup.News``
+hears of all of it and says when a running task should stop for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import zmq
 from sglang.srt.disaggregation.utils import is_aborted
 
 from flowprefill_sglang.core.candidate import Candidate, Standing
@@ -29,7 +29,7 @@ from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
 from flowprefill_sglang.integration.prefill.grammars import Grammars
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, KvEvents, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -50,6 +50,9 @@ end of a transfer, only when polled. No decision is taken on it unless the poll 
 
 HOUSEKEEPING_S = 30.0
 """How often an idle worker gets up for SGLang's own idle duties (metrics, leak check)."""
+
+REPORT_WITHIN_S = 0.02
+"""How long an event may wait before it is sent to the HTTP process, while short tasks follow one another."""
 
 MAX_REFUSALS = 16
 """Waiting requests that a round tries to start before it settles for what is already begun. Memory that refused
@@ -75,7 +78,7 @@ class PrefillLoop:
         gate: Gate,
         state: SharedState,
         reporter: SchedulerReporter,
-        kv_events: KvEvents,
+        news: News,
         memory: PrefillMemory,
         settings: SchedulerSettings,
     ) -> None:
@@ -85,14 +88,14 @@ class PrefillLoop:
         self._state = state
         self._reporter = reporter
         self._journal = Journal(reporter.record)
-        self._kv_events = kv_events
+        self._news = news
         self._memory = memory
         self._settings = settings
         self._batches = PrefillBatches(scheduler)
         channels = scheduler.ipc_channels
-        self._sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
-        self._wakeup = Wakeup(self._sockets, gate)
-        self._doorbell = Doorbell(self._sockets)
+        sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
+        self._wakeup = Wakeup(sockets, gate)
+        self._doorbell = Doorbell(sockets, news.message_came)
         self._grammars = Grammars(scheduler, self._wakeup)
         self._reqs: dict[Request, Req] = {}
         self._request_of: dict[Req, Request] = {}
@@ -100,20 +103,18 @@ class PrefillLoop:
         self._trigger: Trigger | None = None
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
-        self._is_short_of_memory = False
+        self._reported_at = 0.0
         self._building_s = 0.0  # of this round: SGLang making batches
 
     # ---- turns ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until SGLang is told to exit. What is still under way then is discarded."""
-        self._kv_events.listen(self._wakeup)
-        self._gate.watch(self._is_event_waiting)
+        self._news.listen(self._wakeup)
         try:
             with_frame_room(self._serve)
         finally:
-            self._kv_events.listen(None)
-            self._gate.watch(None)
+            self._news.listen(None)
             for begun in self._begun.values():
                 begun.forward.discard()
             self._doorbell.close()
@@ -128,6 +129,7 @@ class PrefillLoop:
         self._wakeup.clear()
         self._news_at = None
         self._take_in_ended_handoffs()
+        self._news.has_message = False
         scheduler.ingest_requests()
         if scheduler._engine_paused:
             scheduler._record_scheduler_state_for_paused_engine()
@@ -147,24 +149,26 @@ class PrefillLoop:
         """Free what ended handoffs held. Before all else: a flush that came meanwhile would be refused for them, and
         requests need their metadata buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then
         the cache could not be flushed after a weight update either."""
-        scheduler, events = self._scheduler, self._kv_events
-        ended_at, events.ended_at = events.ended_at, None
+        scheduler, news = self._scheduler, self._news
+        ended_at, news.ended_at = news.ended_at, None
         if (
             scheduler.disagg_prefill_inflight_queue
             and scheduler.process_disagg_prefill_inflight_queue()
-            and self._is_short_of_memory
+            and news.is_memory_short
         ):
             self._has_news(ended_at or 0.0)
             self._trigger = Trigger.KV_POOL
 
     def _take_in_kv_events(self) -> None:
-        scheduler, events = self._scheduler, self._kv_events
-        if events.has_failure:
-            events.has_failure = False
+        scheduler, news = self._scheduler, self._news
+        if news.has_failure:
+            news.has_failure = False
             scheduler.resolve_waiting_queue_bootstrap()
             self.withdraw_what_is_gone()
-        if scheduler.disagg_prefill_bootstrap_queue.queue:
-            for req in scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped():
+        queue = scheduler.disagg_prefill_bootstrap_queue
+        news.awaited = frozenset(req.bootstrap_room for req in queue.queue)
+        if queue.queue:
+            for req in queue.pop_bootstrapped():
                 scheduler.waiting_queue.append(req)
                 self._arrived(req)
 
@@ -172,19 +176,12 @@ class PrefillLoop:
         scheduler = self._scheduler
         scheduler._sched_idled = True
         scheduler.on_idle()
-        if self._is_short_of_memory and not scheduler.disagg_prefill_inflight_queue:
+        if self._news.is_memory_short and not scheduler.disagg_prefill_inflight_queue:
             # Nothing under way will free memory and tell us: look again, in case something else has freed it.
             self._trigger = Trigger.KV_POOL
+        self._reporter.flush()
         is_polled = scheduler.disagg_prefill_bootstrap_queue.queue or scheduler.disagg_prefill_inflight_queue
         self._wakeup.wait(TRANSPORT_TICK_S if is_polled or self._core.waiting else HOUSEKEEPING_S)
-
-    def _is_event_waiting(self) -> bool:
-        if self._kv_events.is_end_due(is_urgent=self._is_short_of_memory):
-            return True
-        if not self._doorbell.is_rung:
-            return False
-        self._doorbell.is_rung = False
-        return any(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN for socket in self._sockets)
 
     # ---- events -----------------------------------------------------------------------------------------------
 
@@ -204,7 +201,7 @@ class PrefillLoop:
         self._reqs[request] = req
         self._request_of[req] = request
         self._core.arrived(request)
-        self._has_news(max(terms.sent_at, self._kv_events.ready_at.pop(req.bootstrap_room, 0.0)))
+        self._has_news(max(terms.sent_at, self._news.ready_at.pop(req.bootstrap_room, 0.0)))
         self._trigger = Trigger.ARRIVAL
         self._journal.arrived(request, terms.dispatch_rid, now)
 
@@ -251,7 +248,7 @@ class PrefillLoop:
         began_at = time.monotonic()
         self._trigger = None
         self._building_s = 0.0
-        self._is_short_of_memory = False
+        is_memory_short = False
         ranking = self._core.ranking(began_at)
         room = self._memory.room(self._core)
         refusals = 0
@@ -260,14 +257,14 @@ class PrefillLoop:
             if task is not None:
                 self._go_on(task, began_at)
                 break
-            if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or self._is_short_of_memory):
+            if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or is_memory_short):
                 continue
             if self._try_start(candidate, islice(ranking.order, place + 1, None), room, began_at):
                 break
             refusals += 1
             # A promoted request must not be overtaken for ever by smaller ones that still fit.
-            self._is_short_of_memory |= candidate.is_promoted
-        self._is_short_of_memory |= refusals > 0
+            is_memory_short |= candidate.is_promoted
+        self._note_memory(is_short=is_memory_short or refusals > 0)
         ended_at = time.monotonic()
         self._journal.round(
             self._core,
@@ -277,7 +274,22 @@ class PrefillLoop:
             promoted=ranking.promoted,
             now=ended_at,
         )
-        self._reporter.flush()
+        self._report(ended_at)
+
+    def _note_memory(self, *, is_short: bool) -> None:
+        news = self._news
+        news.is_memory_short = is_short
+        if is_short and news.ended_at is not None:
+            self._wakeup.now_please()  # it ended when nobody was in need
+
+    def _report(self, now: float) -> None:
+        """Send events on. The send wakes a thread of ZeroMQ, which takes a hundred microseconds where it shares a core
+        with this one: once for several short tasks, but nobody hears late of a long one."""
+        running = self._core.running
+        is_long = running is not None and running.predicted_s > REPORT_WITHIN_S
+        if is_long or now - self._reported_at > REPORT_WITHIN_S:
+            self._reported_at = now
+            self._reporter.flush()
 
     def _go_on(self, task: Task, now: float) -> None:
         """Let a task that is under way run, the running one or a suspended one."""
@@ -362,7 +374,6 @@ class PrefillLoop:
         For control requests that no forward pass may straddle. New messages wait meanwhile, as they do in SGLang while
         a batch runs.
         """
-        self._gate.watch(None)
         try:
             while (candidate := self._core.first_begun(half_prefilled=half_prefilled)) is not None:
                 now = time.monotonic()
@@ -375,7 +386,6 @@ class PrefillLoop:
                 assert self._core.running is not None
                 self._advance(self._core.running)
         finally:
-            self._gate.watch(self._is_event_waiting)
             self._reporter.flush()  # there may be no round for long: a paused engine takes none
 
     def begun_reqs(self) -> list[Req]:

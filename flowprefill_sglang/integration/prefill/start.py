@@ -64,7 +64,7 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.integration.prefill.control import control
     from flowprefill_sglang.integration.prefill.loop import PrefillLoop
     from flowprefill_sglang.integration.prefill.memory import PrefillMemory
-    from flowprefill_sglang.integration.prefill.wakeup import kv_events
+    from flowprefill_sglang.integration.prefill.wakeup import news
     from flowprefill_sglang.prefill_worker.boundaries import Gate
     from flowprefill_sglang.prefill_worker.reporter import from_environment
     from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler
@@ -105,7 +105,7 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         gate=gate,
         state=state,
         reporter=from_environment(),
-        kv_events=kv_events,
+        news=news,
         memory=PrefillMemory(scheduler, settings),
         settings=settings,
     )

@@ -1,9 +1,13 @@
 """What wakes the prefill loop: SGLang's sockets, and state changes of KV handoffs on other threads.
 
-``KvEvents`` is filled by a hook on ``CommonKVManager.update_status``, which every transfer backend calls from its own
-threads: when a decode instance is ready for a request's KV (the last thing an arrival waits for), when a handoff has
-ended, and when one failed. ``Wakeup`` is the loop's own bed: it sleeps on the sockets and on an eventfd, and gets up
-for either. While a task runs nobody sleeps; then the raised gate stops the task at its next boundary.
+A request can be prefilled once its message has come *and* its decode instance is ready for its KV; either may be first.
+``News`` hears of both: of messages from a ``Doorbell``, of handoffs from a hook on ``CommonKVManager.update_status``,
+which every transfer backend calls from its own threads. Only what can change a decision stops the running task at its
+next boundary: the second of the two, a failed handoff, or one that ended while memory is short. Anything else (the
+first of the two, a control request, a handoff that ended well) stops it after ``MAY_WAIT_S``, and is otherwise taken in
+when the task stops or ends by itself: a stop costs some tenths of a millisecond, and a request would make three.
+
+``Wakeup`` is the loop's own bed: it sleeps on the sockets and on an eventfd, and gets up for either.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -24,15 +28,14 @@ from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 MAX_READY_ROOMS = 4096
 """Rooms whose decode instance is ready and whose request has not come, of which the moment is remembered. A request
-that SGLang refuses never comes; the moment serves the measurement of blocking times alone."""
+that SGLang refuses never comes. One that is forgotten and comes after all stops a running task a little later."""
 
-END_MAY_WAIT_S = 0.02
-"""How long a handoff that ended well may wait for the running task's end before it stops that task. Nobody waits for
-what it holds unless memory is short; a stop costs up to a tenth of a millisecond, and one takes in several handoffs."""
+MAY_WAIT_S = 0.02
+"""How long what changes no decision may wait for the running task's end before it stops that task."""
 
 
 class Wakeup:
-    """Owned by the scheduler's thread; ``now_please`` may be called from any."""
+    """Owned by the scheduler's thread; those that ask for it may be called from any."""
 
     def __init__(self, sockets: Iterable[zmq.Socket[bytes]], gate: Gate) -> None:
         self._gate = gate
@@ -45,10 +48,14 @@ class Wakeup:
     def now_please(self) -> None:
         """Stop the running task at its next boundary, or get the loop up if it sleeps."""
         self._gate.raise_flag()
-        self.if_asleep()
+        self._if_asleep()
 
-    def if_asleep(self) -> None:
-        """Get the loop up if it sleeps, or keep it from going to sleep."""
+    def soon_please(self) -> None:
+        """Stop the running task after ``MAY_WAIT_S``, or get the loop up if it sleeps."""
+        self._gate.raise_within(MAY_WAIT_S)
+        self._if_asleep()
+
+    def _if_asleep(self) -> None:
         os.eventfd_write(self._eventfd, 1)
 
     def clear(self) -> None:
@@ -69,20 +76,21 @@ class Wakeup:
 class Doorbell:
     """Notices that a message has come to a ZeroMQ socket while its owner is busy, on a thread of its own.
 
-    The owner looks at ``is_rung``, which is free, and at the socket only when it was rung: to ask ZeroMQ at every
-    operator boundary costs 2 to 7% of a short prefill. A socket's file descriptor becomes readable once for what has
-    come since its owner last emptied it (zmq_getsockopt, ZMQ_FD), hence edge-triggered. It may ring for what the owner
-    has taken meanwhile; it never fails to ring for what it has not.
+    To ask ZeroMQ at every operator boundary costs 2 to 7% of a short prefill. A socket's file descriptor becomes
+    readable once for what has come since its owner last emptied it (zmq_getsockopt, ZMQ_FD), hence edge-triggered, and
+    stays so until its owner has a look, hence no ring for what has been taken meanwhile.
     """
 
-    def __init__(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
-        self.is_rung = True
-        """A message may be waiting. The owner sets it to False before it looks."""
+    def __init__(self, sockets: Iterable[zmq.Socket[bytes]], ring: Callable[[], None]) -> None:
+        """``ring`` is called on the doorbell's thread: a message is there that the owner has not taken."""
+        self._ring = ring
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._epoll = select.epoll()
-        self._epoll.register(self._stop, select.EPOLLIN)
+        self._edges = select.epoll()
+        self._edges.register(self._stop, select.EPOLLIN)
+        self._levels = select.poll()
         for socket in sockets:
-            self._epoll.register(socket.FD, select.EPOLLIN | select.EPOLLET)
+            self._edges.register(socket.FD, select.EPOLLIN | select.EPOLLET)
+            self._levels.register(socket.FD, select.POLLIN)
         self._thread = threading.Thread(target=self._listen, name="flowprefill-doorbell", daemon=True)
         self._thread.start()
 
@@ -90,24 +98,32 @@ class Doorbell:
         """End the thread."""
         os.eventfd_write(self._stop, 1)
         self._thread.join()
-        self._epoll.close()
+        self._edges.close()
         os.close(self._stop)
 
     def _listen(self) -> None:
-        while all(file != self._stop for file, _ in self._epoll.poll()):
-            self.is_rung = True
+        while all(file != self._stop for file, _ in self._edges.poll()):
+            if self._levels.poll(0):
+                self._ring()
 
 
-class KvEvents:
-    """State changes of KV handoffs, from the transfer backend's threads to the loop."""
+class News:
+    """What other threads report to the loop: messages, and state changes of KV handoffs."""
 
     def __init__(self) -> None:
         self.ready_at: dict[int, float] = {}
         """By bootstrap room: when its decode instance became ready (CLOCK_MONOTONIC). The loop takes entries out."""
+        self.awaited: frozenset[int] = frozenset()
+        """Rooms of requests whose message the loop has taken and whose decode instance it waits for. The loop sets it
+        after it has taken messages and before it looks which rooms are ready."""
+        self.has_message = False
+        """A message has come since the loop set this to False, which it does before it takes messages."""
         self.has_failure = False
         """Some room has failed since this was last reset."""
         self.ended_at: float | None = None
         """When the first handoff ended, well or not, since this was last reset."""
+        self.is_memory_short = False
+        """Whether somebody waits for what an ended handoff holds. Set by the loop."""
         self._wakeup: Wakeup | None = None
 
     def listen(self, wakeup: Wakeup | None) -> None:
@@ -115,11 +131,20 @@ class KvEvents:
         self._wakeup = wakeup
         self.ready_at.clear()
         self.ended_at = None
+        self.awaited = frozenset()
+        self.has_message = self.is_memory_short = False
 
-    def is_end_due(self, *, is_urgent: bool) -> bool:
-        """Whether an ended handoff is worth a stop of the running task by now."""
-        ended_at = self.ended_at
-        return ended_at is not None and (is_urgent or time.monotonic() - ended_at > END_MAY_WAIT_S)
+    # Each of two threads first leaves its own mark and then looks for the other's, so one of them sees both.
+
+    def message_came(self) -> None:
+        """The doorbell has rung."""
+        self.has_message = True
+        if self._wakeup is None:
+            return
+        if self.ready_at:  # it may be the request of a room that is ready
+            self._wakeup.now_please()
+        else:
+            self._wakeup.soon_please()
 
     def changed(self, room: int, status: Any) -> None:  # KVPoll, from any thread
         """A room has a new status."""
@@ -127,10 +152,7 @@ class KvEvents:
         if wakeup is None or status in (KVPoll.Bootstrapping, KVPoll.Transferring):
             return
         if status == KVPoll.WaitingForInput:
-            if len(self.ready_at) >= MAX_READY_ROOMS:
-                self.ready_at.clear()  # in one step, as other threads may be here too
-            self.ready_at[room] = time.monotonic()
-            wakeup.now_please()
+            self._became_ready(room, wakeup)
             return
         self.ready_at.pop(room, None)
         if self.ended_at is None:  # a plain assignment: two threads may report at once
@@ -138,19 +160,29 @@ class KvEvents:
         if status == KVPoll.Failed:
             self.has_failure = True
             wakeup.now_please()
+        elif self.is_memory_short:
+            wakeup.now_please()
         else:
-            wakeup.if_asleep()  # a running task is stopped by is_end_due
+            wakeup.soon_please()
+
+    def _became_ready(self, room: int, wakeup: Wakeup) -> None:
+        if len(self.ready_at) >= MAX_READY_ROOMS:
+            self.ready_at.clear()  # in one step, as other threads may be here too
+        self.ready_at[room] = time.monotonic()
+        if room in self.awaited or self.has_message:
+            wakeup.now_please()
+        # Else its message is still to come, and will wake the loop.
 
 
-kv_events = KvEvents()
+news = News()
 """This process's; a module global because SGLang's transfer managers are made long before the loop, by SGLang."""
 
 
 def hooks() -> list[Hook]:
-    """Tell ``kv_events`` of every status change."""
+    """Tell ``news`` of every status change."""
 
     def after_update_status(result: None, manager: Any, bootstrap_room: int, status: Any) -> None:
-        kv_events.changed(bootstrap_room, status)
+        news.changed(bootstrap_room, status)
 
     return [
         Hook(

@@ -9,16 +9,28 @@ import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from flowprefill_sglang.integration.prefill import wakeup
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, KvEvents, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 LONG_S = 20.0
 """A sleep that only a wake-up ends before the test's own patience does."""
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def gate(clock: Clock) -> Gate:
+    return Gate(clock)
 
 
 @pytest.fixture
@@ -89,40 +101,85 @@ def test_a_message_wakes_until_it_is_read(gate: Gate) -> None:
 
 
 @pytest.fixture
-def events(bed: Wakeup) -> KvEvents:
-    events = KvEvents()
+def events(bed: Wakeup) -> News:
+    events = News()
     events.listen(bed)
     return events
 
 
-@pytest.mark.parametrize("status", [KVPoll.WaitingForInput, KVPoll.Failed])
-def test_changes_that_call_for_a_look_wake(events: KvEvents, gate: Gate, bed: Wakeup, status: KVPoll) -> None:
-    events.changed(7, status)
-    assert gate.is_raised
+def stops(gate: Gate) -> bool:
+    """Whether a running task would be stopped at its next boundary."""
+    asked: list[bool] = []
+    gate.open(lambda: asked.append(True))
+    gate.cross()
+    gate.close()
+    return bool(asked)
+
+
+def test_a_request_stops_the_running_task_once_its_message_and_its_decode_instance_are_there(
+    events: News, gate: Gate, bed: Wakeup
+) -> None:
+    events.message_came()
+    assert not stops(gate), "the message alone changes no decision"
+    events.changed(7, KVPoll.WaitingForInput)
+    assert stops(gate)
     assert seconds(bed.wait, LONG_S) < 1
 
 
-def test_a_handoff_that_ended_well_stops_a_task_only_where_it_is_urgent_or_has_waited(
-    events: KvEvents, gate: Gate, bed: Wakeup, monkeypatch: pytest.MonkeyPatch
+def test_the_message_may_be_last(events: News, gate: Gate) -> None:
+    events.changed(7, KVPoll.WaitingForInput)
+    assert not stops(gate)
+    events.message_came()
+    assert stops(gate)
+
+
+def test_a_request_that_the_loop_has_taken_waits_for_its_decode_instance_alone(
+    events: News, gate: Gate, bed: Wakeup
 ) -> None:
-    assert not events.is_end_due(is_urgent=True)
+    events.awaited = frozenset({7})
+    events.changed(8, KVPoll.WaitingForInput)
+    assert not stops(gate)
+    events.changed(7, KVPoll.WaitingForInput)
+    assert stops(gate)
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_a_message_alone_stops_the_running_task_after_a_while(events: News, gate: Gate, clock: Clock) -> None:
+    """It may be a control request."""
+    events.message_came()
+    clock.now += wakeup.MAY_WAIT_S / 2
+    assert not stops(gate)
+    clock.now += wakeup.MAY_WAIT_S
+    assert stops(gate)
+
+
+def test_a_failure_stops_the_running_task(events: News, gate: Gate, bed: Wakeup) -> None:
+    events.changed(7, KVPoll.Failed)
+    assert stops(gate)
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_a_handoff_that_ended_well_stops_the_running_task_when_memory_is_short(events: News, gate: Gate) -> None:
+    events.is_memory_short = True
     events.changed(7, KVPoll.Success)
-    assert not gate.is_raised
-    assert events.is_end_due(is_urgent=True)
-    monkeypatch.setattr(wakeup, "END_MAY_WAIT_S", LONG_S)
-    assert not events.is_end_due(is_urgent=False)
-    monkeypatch.setattr(wakeup, "END_MAY_WAIT_S", -1.0)
-    assert events.is_end_due(is_urgent=False)
+    assert stops(gate)
+
+
+def test_a_handoff_that_ended_well_can_wait_when_it_is_not(events: News, gate: Gate, bed: Wakeup, clock: Clock) -> None:
+    events.changed(7, KVPoll.Success)
+    assert not stops(gate)
+    clock.now += 2 * wakeup.MAY_WAIT_S
+    assert stops(gate)
     assert seconds(bed.wait, LONG_S) < 1, "an idle loop gets up for it at once"
 
 
 @pytest.mark.parametrize("status", [KVPoll.Bootstrapping, KVPoll.Transferring])
-def test_changes_that_call_for_nothing_do_not(events: KvEvents, gate: Gate, status: KVPoll) -> None:
+def test_changes_that_call_for_nothing_do_not(events: News, gate: Gate, status: KVPoll) -> None:
     events.changed(7, status)
     assert not gate.is_raised
 
 
-def test_when_a_room_became_ready_is_kept_until_it_ends(events: KvEvents) -> None:
+def test_when_a_room_became_ready_is_kept_until_it_ends(events: News) -> None:
     before = time.monotonic()
     events.changed(7, KVPoll.WaitingForInput)
     events.changed(8, KVPoll.WaitingForInput)
@@ -134,20 +191,20 @@ def test_when_a_room_became_ready_is_kept_until_it_ends(events: KvEvents) -> Non
     assert events.ended_at is not None
 
 
-def test_a_failure_is_not_lost_to_a_success(events: KvEvents) -> None:
+def test_a_failure_is_not_lost_to_a_success(events: News) -> None:
     events.changed(8, KVPoll.Failed)
     events.changed(7, KVPoll.Success)
     assert events.has_failure
 
 
-def test_rooms_that_nobody_asks_for_do_not_pile_up(events: KvEvents) -> None:
+def test_rooms_that_nobody_asks_for_do_not_pile_up(events: News) -> None:
     for room in range(3 * wakeup.MAX_READY_ROOMS):
         events.changed(room, KVPoll.WaitingForInput)
     assert len(events.ready_at) <= wakeup.MAX_READY_ROOMS
     assert 3 * wakeup.MAX_READY_ROOMS - 1 in events.ready_at, "the newest are kept"
 
 
-def test_without_a_loop_nothing_is_kept(events: KvEvents, gate: Gate) -> None:
+def test_without_a_loop_nothing_is_kept(events: News, gate: Gate) -> None:
     events.changed(7, KVPoll.WaitingForInput)
     gate.clear()
     events.listen(None)
@@ -163,35 +220,34 @@ def test_without_a_loop_nothing_is_kept(events: KvEvents, gate: Gate) -> None:
 
 @pytest.fixture
 def of_this_process(bed: Wakeup) -> Iterator[None]:
-    wakeup.kv_events.listen(bed)
+    wakeup.news.listen(bed)
     yield
-    wakeup.kv_events.listen(None)
+    wakeup.news.listen(None)
 
 
 @pytest.mark.usefixtures("of_this_process")
 def test_every_status_change_of_a_manager_is_seen(gate: Gate) -> None:
     after_update_status = wakeup.hooks()[0].function
+    wakeup.news.awaited = frozenset({7})
     assert after_update_status(None, object(), 7, KVPoll.WaitingForInput) is None
-    assert 7 in wakeup.kv_events.ready_at
+    assert 7 in wakeup.news.ready_at
     assert gate.is_raised
 
 
-def test_the_doorbell_rings_once_more_for_every_message_that_comes_after_the_socket_was_emptied() -> None:
+def test_the_doorbell_rings_for_every_message_that_comes_after_the_socket_was_emptied() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     pull.bind("inproc://doorbell")
     push.connect("inproc://doorbell")
-    bell = Doorbell([pull])
+    rung = threading.Event()
+    bell = Doorbell([pull], rung.set)
     try:
         for number in range(200):
-            bell.is_rung = False
+            rung.clear()
             while pull.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 pull.recv()
             push.send(b"%d" % number)
-            deadline = time.monotonic() + LONG_S
-            while not bell.is_rung:
-                assert time.monotonic() < deadline, f"message {number} did not ring"
-                time.sleep(0)
+            assert rung.wait(LONG_S), f"message {number} did not ring"
             assert pull.recv() == b"%d" % number
     finally:
         bell.close()
@@ -200,7 +256,7 @@ def test_the_doorbell_rings_once_more_for_every_message_that_comes_after_the_soc
 
 def test_a_closed_doorbell_leaves_no_thread() -> None:
     before = threading.active_count()
-    bell = Doorbell([])
+    bell = Doorbell([], lambda: None)
     assert threading.active_count() == before + 1
     bell.close()
     assert threading.active_count() == before
