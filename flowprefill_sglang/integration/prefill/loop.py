@@ -129,8 +129,9 @@ class PrefillLoop:
         self._wakeup.clear()
         self._news_at = None
         self._take_in_ended_handoffs()
-        self._news.has_message = False
-        scheduler.ingest_requests()
+        if self._news.has_message or self._core.running is None:  # a task is stopped for a decode instance alone, too
+            self._news.has_message = False
+            scheduler.ingest_requests()
         if scheduler._engine_paused:
             scheduler._record_scheduler_state_for_paused_engine()
             self._wakeup.wait(HOUSEKEEPING_S)
@@ -151,6 +152,8 @@ class PrefillLoop:
         the cache could not be flushed after a weight update either."""
         scheduler, news = self._scheduler, self._news
         ended_at, news.ended_at = news.ended_at, None
+        if self._core.running is not None and ended_at is None and not news.is_memory_short:
+            return  # transports that report an end only when they are polled are polled between two tasks
         if (
             scheduler.disagg_prefill_inflight_queue
             and scheduler.process_disagg_prefill_inflight_queue()
