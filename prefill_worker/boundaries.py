@@ -35,8 +35,9 @@ class Gate:
     def raise_within(self, seconds: float) -> None:
         """Something has happened that can change no decision: the running task stops for it after so long, unless it
         has stopped before. From any thread."""
-        if self._due_at is None:  # a plain assignment: two threads may be here at once
-            self._due_at = self._clock() + seconds
+        due_at, before = self._clock() + seconds, self._due_at
+        if before is None or due_at < before:  # two threads may be here at once: one of the two times then holds
+            self._due_at = due_at
 
     def clear(self) -> None:
         """Lower the flag. The loop must do this before it looks at what happened, or it loses what happens between."""

@@ -36,9 +36,10 @@ def test_what_can_wait_stops_the_running_task_once_it_has_waited() -> None:
     now = [100.0]
     gate, stops = Gate(lambda: now[0]), Stops()
     gate.open(stops)
+    gate.raise_within(9.0)
     gate.raise_within(2.0)
     now[0] = 101.0
-    gate.raise_within(2.0)  # the first decides
+    gate.raise_within(2.0)  # the earliest decides
     gate.cross()
     assert stops.count == 0
     now[0] = 102.0

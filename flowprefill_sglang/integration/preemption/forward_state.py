@@ -170,11 +170,9 @@ def _several(owner: Any, names: tuple[str, ...], label: str, why: str) -> Item:
         for name, value in zip(names, values, strict=True):
             setattr(owner, name, value)
 
-    def take() -> tuple[Any, ...]:
-        return tuple(getattr(owner, name) for name in names)
-
-    take()
-    return Item(name=label, why=why, take=take, put=put)
+    take = operator.attrgetter(*names)
+    take(owner)
+    return Item(name=label, why=why, take=lambda: take(owner), put=put)
 
 
 def _of_lora(model_runner: ModelRunner) -> list[Item]:

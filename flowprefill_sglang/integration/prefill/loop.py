@@ -51,8 +51,11 @@ end of a transfer, only when polled. No decision is taken on it unless the poll 
 HOUSEKEEPING_S = 30.0
 """How often an idle worker gets up for SGLang's own idle duties (metrics, leak check)."""
 
-REPORT_WITHIN_S = 0.02
-"""How long an event may wait before it is sent to the HTTP process, while short tasks follow one another."""
+REPORT_EVERY_S = 0.02
+"""How often events are sent to the HTTP process, at most, while short tasks follow one another."""
+
+REPORT_WITHIN_S = 0.2
+"""How long an event waits for that while a long task runs, at most: then the task is stopped for it."""
 
 MAX_REFUSALS = 16
 """Waiting requests that a round tries to start before it settles for what is already begun. Memory that refused
@@ -65,6 +68,8 @@ class Begun:
 
     batch: Batch
     forward: ForwardTask[GenerationBatchResult]
+    activation_bytes: int
+    """Bound on what it holds while it is suspended."""
 
 
 class PrefillLoop:
@@ -141,6 +146,8 @@ class PrefillLoop:
         scheduler.maybe_send_health_check_signal()
         if self._trigger is not None:
             self._round(self._trigger)
+        elif self._core.running is not None:
+            self._report(time.monotonic())
         if self._core.running is None:
             self._idle()
         else:
@@ -252,8 +259,8 @@ class PrefillLoop:
         self._trigger = None
         self._building_s = 0.0
         is_memory_short = False
-        ranking = self._core.ranking(began_at)
-        room = self._memory.room(self._core)
+        ranking, ran_before = self._core.ranking(began_at), self._core.running
+        room: Room | None = None  # asked for when something may start: in most rounds what runs goes on
         refusals = 0
         for place, candidate in enumerate(ranking.order):
             task = self._core.task_of(candidate)
@@ -262,6 +269,7 @@ class PrefillLoop:
                 break
             if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or is_memory_short):
                 continue
+            room = room or self._memory.room(self._core)
             if self._try_start(candidate, islice(ranking.order, place + 1, None), room, began_at):
                 break
             refusals += 1
@@ -273,11 +281,11 @@ class PrefillLoop:
             self._core,
             trigger,
             duration_s=ended_at - began_at - self._building_s,
-            suspended_bytes=room.activation_bytes,
+            suspended_bytes=sum(begun.activation_bytes for begun in self._begun.values()),
             promoted=ranking.promoted,
             now=ended_at,
         )
-        self._report(ended_at)
+        self._report(ended_at, has_started=self._core.running is not ran_before)
 
     def _note_memory(self, *, is_short: bool) -> None:
         news = self._news
@@ -285,14 +293,16 @@ class PrefillLoop:
         if is_short and news.ended_at is not None:
             self._wakeup.now_please()  # it ended when nobody was in need
 
-    def _report(self, now: float) -> None:
-        """Send events on. The send wakes a thread of ZeroMQ, which takes a hundred microseconds where it shares a core
-        with this one: once for several short tasks, but nobody hears late of a long one."""
+    def _report(self, now: float, *, has_started: bool = False) -> None:
+        """Send events on, if it is time. It wakes a thread of ZeroMQ, which takes a tenth of a millisecond where that
+        shares a core with this one: as long as a round."""
         running = self._core.running
-        is_long = running is not None and running.predicted_s > REPORT_WITHIN_S
-        if is_long or now - self._reported_at > REPORT_WITHIN_S:
+        is_long = running is not None and running.predicted_s > REPORT_EVERY_S
+        if now - self._reported_at > REPORT_EVERY_S or (is_long and has_started):
             self._reported_at = now
             self._reporter.flush()
+        elif is_long and self._reporter.has_unsent:
+            self._gate.raise_within(REPORT_WITHIN_S)
 
     def _go_on(self, task: Task, now: float) -> None:
         """Let a task that is under way run, the running one or a suspended one."""
@@ -342,7 +352,8 @@ class PrefillLoop:
             extents.append(Extent(req.extend_len, req.prefix_len))
         task = self._core.started(requests, extents, now)
         run = partial(self._scheduler.run_batch, batch.schedule_batch)
-        self._begun[task] = Begun(batch, ForwardTask(run, self._gate, self._state))
+        activation_bytes = self._memory.activation_bytes(task.new_tokens, task.cached_tokens)
+        self._begun[task] = Begun(batch, ForwardTask(run, self._gate, self._state), activation_bytes)
         self._journal.started(task, now)
 
     # ---- running ----------------------------------------------------------------------------------------------

@@ -51,9 +51,7 @@ class StockRecorder:
                     deadline_at=terms.deadline_at,
                     dispatch_rid=terms.dispatch_rid,
                 )
-            )
-        if reqs:
-            self._reporter.flush()
+            )  # sent with the end of the batch that comes next: a send costs as much as a small round
 
     def run(self, run_batch: Callable[[], Any], batch: Any) -> Any:  # SGLang's ScheduleBatch and its result
         """Run a batch, as a task."""
