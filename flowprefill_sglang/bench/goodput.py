@@ -55,7 +55,7 @@ def estimate(probes: Sequence[Probe], target: float = TARGET) -> Estimate:
     if not probes:
         raise ValueError("an estimate needs at least one probe")
     ordered = sorted(probes, key=lambda probe: probe.rate_rps)
-    smooth = _falling([p.attainment for p in ordered], [float(p.requests) for p in ordered])
+    smooth = falling([p.attainment for p in ordered], [float(p.requests) for p in ordered])
     passing = [index for index, value in enumerate(smooth) if value >= target]
     if not passing:
         return Estimate(rate_rps=ordered[0].rate_rps, passed_rps=0.0, is_bracketed=False)
@@ -101,7 +101,7 @@ class GoodputSearch:
         return math.sqrt(passed_rps * failed_rps) if is_known else rate_rps
 
 
-def _falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+def falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The non-increasing sequence closest to ``values`` in weighted squares (pool adjacent violators)."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values, weights, strict=True):
