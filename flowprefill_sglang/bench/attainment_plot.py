@@ -53,10 +53,10 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 5.0), facecolor="white")
+    figure = Figure(figsize=(8.8, 5.0), facecolor="white")
     FigureCanvasAgg(figure)  # not pyplot, whose backend and figures are the process's
     caption = textwrap.fill(about, CAPTION_CHARACTERS)
-    axes = figure.add_axes((0.085, 0.15 + 0.035 * caption.count("\n"), 0.68, 0.75 - 0.035 * caption.count("\n")))
+    axes = figure.add_axes((0.08, 0.15 + 0.035 * caption.count("\n"), 0.65, 0.75 - 0.035 * caption.count("\n")))
     axes.axhline(100 * target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate(f"{100 * target:.0f}%", (1.005, 100 * target), xycoords=("axes fraction", "data"), va="center")
     if own_x is not None:
@@ -96,7 +96,7 @@ def _set_logarithmic(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

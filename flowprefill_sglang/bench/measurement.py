@@ -96,7 +96,7 @@ class Measurement:
         own_rps = mean_rate(self.prepared.requests)
         search = GoodputSearch(guess_rps=own_rps, target=self.target)
         search.probes.append(Probe(rate_rps=own_rps, attained=report.attained, requests=report.requests))
-        for _ in range(self.probes_per_search):
+        while not search.is_done(self.probes_per_search + 1):
             rate_rps = search.next_rate()
             row = await self.at_rate(rate_rps, hopeless=min(HOPELESS, 0.8 * self.target), repeat=repeat)
             search.probes.append(Probe(rate_rps=rate_rps, attained=row["attained"], requests=row["requests"]))

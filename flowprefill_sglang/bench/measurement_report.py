@@ -133,14 +133,13 @@ def _max_goodput(measurement: Measurement) -> dict[str, Any] | None:
 def sentences(measurement: Measurement) -> list[str]:
     """What does not fit the table of classes."""
     reports = [result.report for result in measurement.results]
-    said = []
-    if len(reports) > 1:
-        shares = spread([100 * report.attainment for report in reports])
-        rates = spread([report.goodput_rps for report in reports])
-        said.append(
-            f"over {len(reports)} repeats: attainment {_range(shares, '%', 0)}, "
-            f"goodput {_range(rates, ' requests/s', 2)}"
-        )
+    shares = spread([100 * report.attainment for report in reports])
+    rates = spread([report.goodput_rps for report in reports])
+    over = f"over {len(reports)} repeats: " if len(reports) > 1 else ""
+    said = [
+        f"{over}attainment {_range(shares, '%', 0)}, goodput {_range(rates, ' requests/s', 2)}; 99% of the requests left "
+        f"within {max(report.late_p99_ms for report in reports):.0f} ms of their time"
+    ]
     if measurement.found:
         rates = spread([found.rate_rps for found in measurement.found])
         bound = "" if all(found.is_bracketed for found in measurement.found) else _bound(measurement)

@@ -114,7 +114,7 @@ _NUMBER = re.compile(r"\d+")
 
 def error_kind(error: str) -> str:
     """What errors of one cause have in common: the HTTP status, or the words before details and numbers."""
-    head = error.split(":")[0]
+    head = error.split(":")[0].split(" (")[0]
     return head if head.startswith("HTTP ") else _NUMBER.sub("N", head)
 
 

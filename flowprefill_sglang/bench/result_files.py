@@ -46,14 +46,14 @@ def read_result(path: Path) -> dict[str, Any]:
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Why the two are not about the same load with the same objectives; empty when they are."""
     found = [
-        f"{key}: {a['workload'].get(key)} against {b['workload'].get(key)}"
+        f"{key} {_brief(a['workload'].get(key))} against {_brief(b['workload'].get(key))}"
         for key in MUST_AGREE
         if a["workload"].get(key) != b["workload"].get(key)
     ]
     if a.get("length_factor") != b.get("length_factor"):
-        found.append(f"length factor: {a.get('length_factor')} against {b.get('length_factor')}")
+        found.append(f"length factor {a.get('length_factor')} against {b.get('length_factor')}")
     found += [
-        f"objective of {name}: {_of(a, name, 'slo_ms')} ms against {_of(b, name, 'slo_ms')} ms"
+        f"objective of {name} {_of(a, name, 'slo_ms')} ms against {_of(b, name, 'slo_ms')} ms"
         for name in _names(a, b)
         if _of(a, name, "slo_ms") != _of(b, name, "slo_ms")
     ]
@@ -62,8 +62,12 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         for document in (a, b)
     ]
     if counts[0] != counts[1]:
-        found.append(f"requests by class: {counts[0]} against {counts[1]}")
+        found.append(f"requests by class {counts[0]} against {counts[1]}")
     return found
+
+
+def _brief(value: Any) -> str:  # a JSON value
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def remarks(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -99,9 +99,14 @@ def _difference(a: float, b: float) -> float:
 
 
 def comparison_table(compared: Mapping[str, Mapping[str, Compared]], names: tuple[str, str]) -> Table:
-    """For people: attainment as a difference in percentage points, everything else as a ratio."""
-    table = Table(title=f"A = {names[0]}, B = {names[1]}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    headings = ("class", "attained A", "B", "A − B, points", "goodput A/B", *(f"p{p} A/B" for p in PERCENTILES))
+    """For people: attainment as a difference in percentage points, everything else as the ratio of A to B."""
+    table = Table(
+        title=f"A = {names[0]}, B = {names[1]}; goodput and TTFT are A / B",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+    )
+    headings = ("class", "attained", "A − B", "goodput", *(f"TTFT p{p}" for p in PERCENTILES))
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for name, quantities in compared.items():
@@ -109,10 +114,9 @@ def comparison_table(compared: Mapping[str, Mapping[str, Compared]], names: tupl
         ratios = [quantities[key] for key in ("goodput_rps", *(f"ttft_p{p}_ms" for p in PERCENTILES))]
         table.add_row(
             name,
-            f"{100 * attainment.a:.1f}%",
-            f"{100 * attainment.b:.1f}%",
-            _cell(attainment, 100, "+.1f"),
-            *(_cell(ratio, 1, ".2f") for ratio in ratios),
+            f"A {100 * attainment.a:.1f}%\nB {100 * attainment.b:.1f}%",
+            _cell(attainment, 100, "+.1f", "\n"),
+            *(_cell(ratio, 1, ".2f", "\n") for ratio in ratios),
         )
         if name == EVERYTHING:
             table.add_section()
@@ -121,11 +125,11 @@ def comparison_table(compared: Mapping[str, Mapping[str, Compared]], names: tupl
 
 def in_words(compared: Compared) -> str:
     """A ratio with its spread."""
-    return _cell(compared, 1, ".2f")
+    return _cell(compared, 1, ".2f", " ")
 
 
-def _cell(compared: Compared, factor: float, style: str) -> str:
+def _cell(compared: Compared, factor: float, style: str, separator: str) -> str:
     if math.isnan(compared.value):
         return "–"
     middle, low, high = (format(factor * x, style) for x in (compared.value, compared.low, compared.high))
-    return middle if low == high else f"{middle} ({low} to {high})"
+    return middle if low == high else f"{middle}{separator}({low} to {high})"

@@ -36,6 +36,10 @@ from flowprefill_sglang.workload.trace import at_rate
 
 ENDPOINT = ENDPOINTS["generate"]
 ISOLATED_REPEATS = 5
+FIRST_LOAD = 0.6
+"""Where every configuration's first search starts, as a share of what the machine can compute."""
+EXPECTED_LOAD = 0.35
+"""What is assumed of the rates that are tried, for the time that the measurement takes."""
 LEAST_REQUESTS = 30
 """Of a window, however short the time: fewer say nothing about 90%."""
 OVERRUN = 1.2
@@ -65,8 +69,6 @@ class Contender:
 
     name: str
     server: SuiteServer
-    guessed_load: float
-    """Where its first search starts, as a share of what the machine can compute. No result depends on it."""
     sends_priority: bool = False
     """Whether requests say SGLang's ``priority``: the tighter a class's objective, the higher."""
 
@@ -81,7 +83,7 @@ class SuiteSettings:
     """That the windows' lengths were scaled by, for the objectives."""
     target: float = TARGET
     probes: int = 4
-    """Rates tried for each configuration and window."""
+    """Rates tried for each configuration and window, or more while they all pass or all fail."""
     minutes: float = 28.0
     """About how long to measure; decides how many of a window's requests are used."""
     slo_ms: Mapping[str, float] = field(default_factory=dict)
@@ -155,7 +157,7 @@ class Suite:
     def _fit_into_time(self) -> None:
         """As many requests a window as can be probed in the time given."""
         loads = (self.settings.probes + 1) * len(self.windows)
-        per_request_s = sum(1 / (self.capacity_rps * contender.guessed_load) for contender in self.contenders)
+        per_request_s = len(self.contenders) / (self.capacity_rps * EXPECTED_LOAD)
         affordable = int(60 * self.settings.minutes / (loads * per_request_s))
         self.windows = [window.of_size(max(LEAST_REQUESTS, affordable)) for window in self.windows]
         self.say(f"busy at about {self.capacity_rps:.1f} requests/s; {len(self.windows[0].requests)} requests a window")
@@ -164,14 +166,18 @@ class Suite:
         searches = {}
         for contender in self.contenders:
             earlier = list(self.found[contender.name].values())
-            guess_rps = earlier[-1].rate_rps if earlier else self.capacity_rps * contender.guessed_load
+            guess_rps = earlier[-1].rate_rps if earlier else self.capacity_rps * FIRST_LOAD
             searches[contender.name] = GoodputSearch(guess_rps=guess_rps, target=self.settings.target)
-        for number in range(self.settings.probes):
+        number = 0
+        while any(not search.is_done(self.settings.probes) for search in searches.values()):
             for contender in self.contenders:
                 search = searches[contender.name]
+                if search.is_done(self.settings.probes):
+                    continue
                 rate_rps = search.next_rate()
                 row = await self._probe(contender, window, number, rate_rps)
                 search.probes.append(Probe(rate_rps=rate_rps, attained=row["attained"], requests=row["requests"]))
+            number += 1
         for name, search in searches.items():
             self.found[name][window.number] = estimate(search.probes, self.settings.target)
 

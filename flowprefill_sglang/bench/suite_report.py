@@ -100,7 +100,9 @@ def _cells(suite: Suite) -> list[tuple[str, str, str]]:
     first = next(iter(suite.found))
     for name, rates in rates_of(suite).items():
         ratio = ratios.get(f"{first}/{name}")
-        cells.append((name, _with_spread(spread(rates)) + _bound(suite, name), _with_spread(ratio) if ratio else "–"))
+        bound = _bound(suite, name)
+        times = _with_spread(ratio) + (bound or _bound(suite, first)) if ratio else "–"
+        cells.append((name, _with_spread(spread(rates)) + bound, times))
     return cells
 
 
@@ -140,8 +142,8 @@ def footnotes(suite: Suite) -> list[str]:
     bounds = [name for name in suite.found if not is_bracketed(suite, name)]
     if bounds:
         notes.append(
-            f"\\* A bound in some window, since all rates that were tried lie on one side of the target: "
-            f"{', '.join(bounds)}."
+            "\\* A bound in some window, since all rates that were tried passed, or all failed: "
+            f"{', '.join(bounds)}. A ratio to a bound says little."
         )
     return notes
 
@@ -198,7 +200,7 @@ def _load_lines(suite: Suite, about: Mapping[str, Any]) -> list[str]:
 def _objective_line(suite: Suite, name: str) -> str:
     count = sum(r.class_name == name for window in suite.windows for r in window.requests)
     alone_ms = 1_000 * median(suite.isolated_ttft_s[name]) if name in suite.isolated_ttft_s else math.nan
-    return f"| {name} | {count} | {alone_ms:.0f} ms | {suite.objectives[name].derivation().strip()} |"
+    return f"| {name} | {count} | {alone_ms:.0f} ms | {' '.join(suite.objectives[name].derivation().split())} |"
 
 
 def _machine(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from flowprefill_sglang.bench.measurement_report import (
     sentences,
 )
 from flowprefill_sglang.bench.objectives import REFERENCE
-from flowprefill_sglang.bench.provenance import provenance
+from flowprefill_sglang.bench.provenance import provenance, without_folders
 from flowprefill_sglang.bench.report import errors_by_kind, to_table
 from flowprefill_sglang.bench.timeline_plot import require_matplotlib
 from flowprefill_sglang.cli.load_progress import LoadProgress
@@ -113,7 +113,7 @@ async def _bench(namespace: argparse.Namespace, requests: Sequence[TraceRequest]
             "workload": about,
             "server": {"url": namespace.url},
             "seed": namespace.seed,
-            **provenance(["flowprefill", *sys.argv[1:]], started),
+            **provenance(without_folders(["flowprefill", *sys.argv[1:]]), started),
         }
         try:
             with progress.waiting("measuring single requests, warming up"):

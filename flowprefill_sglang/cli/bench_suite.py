@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from flowprefill_sglang.bench.attainment_plot import RATE_FILE, SLO_SCALE_FILE, draw_rates, draw_slo_scales
 from flowprefill_sglang.bench.goodput import TARGET
-from flowprefill_sglang.bench.provenance import provenance
+from flowprefill_sglang.bench.provenance import provenance, without_folders
 from flowprefill_sglang.bench.suite import Contender, Suite, SuiteSettings
 from flowprefill_sglang.bench.suite_report import (
     footnotes,
@@ -41,8 +41,6 @@ from flowprefill_sglang.workload.tiny_model import make_deep_model
 from flowprefill_sglang.workload.trace import TraceRequest, cap_outputs, poisson_arrivals, scale_lengths, spread_ties
 
 KNOWN = {configuration.name: configuration for configuration in (*SUITE, *OPTIONAL)}
-GUESSED_LOAD = {True: 0.35, False: 1.2}
-"""Where the first search starts, as a share of what the machine can compute: stock, ours. No result depends on it."""
 QUICK = {"requests": 20, "windows": 1, "probes": 2}
 JSON_FILE, REPORT_FILE = "result.json", "report.md"
 
@@ -76,7 +74,8 @@ def add_bench_suite_arguments(parser: argparse.ArgumentParser) -> None:
         type=_configurations,
         default=SUITE,
         metavar="NAMES",
-        help=f"names with commas between, of {', '.join(KNOWN)} (default: all but {', '.join(c.name for c in OPTIONAL)}); ratios are those of the first",
+        help=f"names with commas between, of {', '.join(KNOWN)} (default: all but "
+        f"{', '.join(c.name for c in OPTIONAL)}); ratios are those of the first",
     )
     how.add_argument(
         "--windows",
@@ -177,7 +176,6 @@ async def _suite(namespace: argparse.Namespace, windows: list[Window], about: di
                 Contender(
                     name=c.name,
                     server=live[c.name],
-                    guessed_load=GUESSED_LOAD[c.is_stock],
                     sends_priority=c.sends_priority,
                 )
                 for c in configurations
@@ -194,7 +192,7 @@ async def _suite(namespace: argparse.Namespace, windows: list[Window], about: di
         "flags": {c.name: list(c.flags) for c in configurations},
         "seed": namespace.seed,
         "quick": namespace.quick,
-        **provenance(["flowprefill", *sys.argv[1:]], started),
+        **provenance(without_folders(["flowprefill", *sys.argv[1:]]), started),
     }
     console.print(suite_table(suite))
     for note in footnotes(suite):
@@ -231,7 +229,8 @@ def _write(suite: Suite, about: dict[str, Any], namespace: argparse.Namespace, c
 
 def _draw(suite: Suite, folder: Path) -> list[str]:
     """The file names of the pictures."""
-    windows = f"{len(suite.windows)} windows of {len(suite.windows[0].requests)} requests of the trace."
+    count = len(suite.windows)
+    windows = f"{count} window{'s' if count > 1 else ''} of {len(suite.windows[0].requests)} requests of the trace."
     draw_rates(
         folder / RATE_FILE,
         rates_by_configuration(suite),
