@@ -98,8 +98,8 @@ class GoodputSearch:
 
     def _step(self, attainment: float) -> float:
         """Logarithm of the factor to the next rate: up from attainment at the target or above, else down."""
-        length = abs(attainment - self.target) / _ATTAINMENT_PER_LOG_RATE * 2 ** (len(self.probes) - 1)
-        length = min(max(length, _SHORTEST_STEP), _LONGEST_STEP)
+        length = abs(attainment - self.target) / _ATTAINMENT_PER_LOG_RATE * 2.0 ** (len(self.probes) - 1)
+        length = min(max(float(length), _SHORTEST_STEP), _LONGEST_STEP)
         return length if attainment >= self.target else -length
 
     def _between(self, rate_rps: float, passed_rps: float) -> float:

@@ -137,8 +137,8 @@ def sentences(measurement: Measurement) -> list[str]:
     rates = spread([report.goodput_rps for report in reports])
     over = f"over {len(reports)} repeats: " if len(reports) > 1 else ""
     said = [
-        f"{over}attainment {_range(shares, '%', 0)}, goodput {_range(rates, ' requests/s', 2)}; 99% of the requests left "
-        f"within {max(report.late_p99_ms for report in reports):.0f} ms of their time"
+        f"{over}attainment {_range(shares, '%', 0)}, goodput {_range(rates, ' requests/s', 2)}; "
+        f"99% of the requests left within {max(report.late_p99_ms for report in reports):.0f} ms of their time"
     ]
     if measurement.found:
         rates = spread([found.rate_rps for found in measurement.found])

@@ -59,7 +59,7 @@ def test_openai_requests(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "expected"),
     [
-        ('[\n{"conversations": []},\n\n{"conversations": 5}]', 4, "expected"),
+        ('[\n{"conversations": []},\n\n{"conversations": 5}]', 4, "Expected `array"),
         ('[\n{"id": 1}]', 2, "expected `conversations`"),
         ('[\n{"conversations": []}\n{"conversations": []}]', 3, "expected ','"),
         ("{}", 1, r"expected '\['"),
