@@ -18,6 +18,8 @@ from flowprefill_sglang.bench.measurement_report import spread
 from flowprefill_sglang.bench.objectives import REFERENCE
 from flowprefill_sglang.bench.suite import Suite
 
+SMOKE_RUN = "A smoke run (--quick): one short window, whose figures mean nothing."
+
 
 def rates_of(suite: Suite) -> dict[str, list[float]]:
     """Maximum goodput of each configuration in each window, in requests per second."""
@@ -156,6 +158,7 @@ def markdown(suite: Suite, about: Mapping[str, Any], pictures: Sequence[str]) ->
         "# Goodput of prefill schedulers",
         "",
         f"The highest request rate at which {target} of requests have their first token within their objective.",
+        *(["", f"**{SMOKE_RUN}**"] if about.get("quick") else []),
         "",
         f"| configuration | flags | requests/s | {first} has so many times that |",
         "| --- | --- | ---: | ---: |",

@@ -17,6 +17,7 @@ from flowprefill_sglang.bench.goodput import TARGET
 from flowprefill_sglang.bench.provenance import provenance, without_folders
 from flowprefill_sglang.bench.suite import Contender, Suite, SuiteSettings
 from flowprefill_sglang.bench.suite_report import (
+    SMOKE_RUN,
     footnotes,
     markdown,
     rates_by_configuration,
@@ -197,6 +198,8 @@ async def _suite(namespace: argparse.Namespace, windows: list[Window], about: di
     console.print(suite_table(suite))
     for note in footnotes(suite):
         console.print(escape(note.removeprefix("\\")))
+    if namespace.quick:
+        console.print(SMOKE_RUN, style="yellow")
     _write(suite, about, namespace, console)
     return 0
 

@@ -105,7 +105,9 @@ def test_the_quick_suite_writes_its_report(
         "attainment-rate.png",
         "attainment-slo-scale.png",
     }
-    assert "| `fcfs` | `--prefill-scheduler stock" in (report / "report.md").read_text()
+    page = (report / "report.md").read_text()
+    assert "| `fcfs` | `--prefill-scheduler stock" in page
+    assert "figures mean nothing" in page
     assert workers.stopped == 1
     model, names, sglang_flags = workers.made[0]
     assert (model.name, names) == ("deep", ["flowprefill", "fcfs", "priority"])
