@@ -32,14 +32,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import (
-    STOCK_UNCHUNKED,
-    LiveWorker,
-    LiveWorkers,
-    bench_model,
-    flowprefill,
-    stock_chunked,
-)
 from results_file import write_result
 
 from flowprefill_sglang.bench.client import PlannedRequest, replay
@@ -47,6 +39,8 @@ from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.objectives import Objective
 from flowprefill_sglang.bench.plan import plan_requests
 from flowprefill_sglang.bench.report import percentile
+from flowprefill_sglang.cluster.configurations import STOCK_UNCHUNKED, flowprefill, stock_chunked
+from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
 from flowprefill_sglang.observe.events import (
     Event,
     RequestArrived,
@@ -55,6 +49,7 @@ from flowprefill_sglang.observe.events import (
     TaskResumed,
     TaskStarted,
 )
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 from flowprefill_sglang.workload.trace import TraceRequest
 
 CONFIGURATIONS = (flowprefill(), STOCK_UNCHUNKED, stock_chunked(2048), stock_chunked(512))
@@ -88,7 +83,7 @@ def main() -> int:
     if options.quick:
         options.lengths, options.preemptions, options.stock_urgent = "1024,4096", 4, 2
     lengths = [int(length) for length in options.lengths.split(",")]
-    model, shape = bench_model(options.layers)
+    model, shape = make_deep_model(options.layers)
     operators = time_operators(str(model), lengths, options.forwards, options.seed)
     rows, is_pinned = asyncio.run(measure(options, model, lengths, operators))
     summaries = summarize(lengths, rows, operators)

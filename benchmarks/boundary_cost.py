@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import bench_model
 from results_file import write_result
 
 from flowprefill_sglang.bench.report import percentile
@@ -37,6 +36,7 @@ from flowprefill_sglang.integration.preemption.forward_state import ForwardState
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 
 KINDS = ("plain", "closed", "task", "stopped")
 
@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smoke run: five turns")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
-    model, shape = bench_model(None)
+    model, shape = make_deep_model()
     engine = OfflineEngine(str(model), device="cpu", max_total_tokens=8_192, chunked_prefill_size=-1)
     rng, rows = random.Random(options.seed), []
     with torch.no_grad():  # as a worker's loop

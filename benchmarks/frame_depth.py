@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import bench_model
 from results_file import write_result
 
 from flowprefill_sglang.bench.report import percentile
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 
 STEP_BYTES = 800
 DEPTH_BYTES = 16 * 1024
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smoke run: two repeats")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
-    model, shape = bench_model(None)
+    model, shape = make_deep_model(None)
     engine = OfflineEngine(str(model), device="cpu", max_total_tokens=4 * options.tokens, chunked_prefill_size=-1)
     rows = measure(engine, options.tokens, 2 if options.quick else options.repeats, random.Random(options.seed))
     summary = summarize(rows)

@@ -19,10 +19,13 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import LiveWorker, LiveWorkers, bench_model, flowprefill, stock
 from results_file import write_result
 
-SPINNING = replace(stock("stock"), script=Path(__file__).parent / "spinning_worker.py")
+from flowprefill_sglang.cluster.configurations import flowprefill, stock
+from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
+from flowprefill_sglang.workload.tiny_model import make_deep_model
+
+SPINNING = replace(stock("stock"), program=(str(Path(__file__).parent / "spinning_worker.py"),))
 CONFIGURATIONS = (flowprefill(), stock("stock-sleep-on-idle", "--sleep-on-idle"), SPINNING)
 """The project's CPU platform sets ``--sleep-on-idle`` for every server; the last one is what SGLang does without."""
 
@@ -46,7 +49,7 @@ def main() -> int:
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each worker and stretch."""
-    model, _ = bench_model()
+    model, _ = make_deep_model()
     rows = []
     async with LiveWorkers(model, CONFIGURATIONS, log_dir=options.log_dir) as live:
         workers = [live[configuration.name] for configuration in CONFIGURATIONS]

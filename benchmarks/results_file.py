@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowprefill_sglang.bench.provenance import provenance
+from flowprefill_sglang.bench.provenance import provenance, without_folders
 
 
 def write_result(path: Path, *, seed: int | None, measured: dict[str, Any]) -> None:
@@ -16,8 +16,11 @@ def write_result(path: Path, *, seed: int | None, measured: dict[str, Any]) -> N
 
     Rows are written one a line, so that a result can be read and compared in a diff.
     """
-    command = [Path(word).name if "/" in word else word for word in sys.argv]
-    document = provenance(["python", *command], datetime.datetime.now(datetime.UTC)) | {"seed": seed} | measured
+    document = (
+        provenance(without_folders(["python", *sys.argv]), datetime.datetime.now(datetime.UTC))
+        | {"seed": seed}
+        | measured
+    )
     document["ended_at"] = document.pop("started_at")  # results are written when all is measured
     rows = document.pop("rows")
     head = json.dumps(document, indent=1).removesuffix("\n}")

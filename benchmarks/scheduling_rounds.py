@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import LiveWorker, LiveWorkers, bench_model, flowprefill
 from results_file import write_result
 
 from flowprefill_sglang.bench.client import replay
@@ -34,6 +33,8 @@ from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.objectives import unscaled_objectives
 from flowprefill_sglang.bench.plan import plan_requests
 from flowprefill_sglang.bench.report import percentile
+from flowprefill_sglang.cluster.configurations import flowprefill
+from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.core.policies import POLICIES
@@ -41,6 +42,7 @@ from flowprefill_sglang.core.prefill_cost import CostModel, Predictor
 from flowprefill_sglang.observe.events import RequestEnded, RoundDone, TaskFinished, TaskPreempted
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.workload.generator import generate_workload
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 from flowprefill_sglang.workload.trace import cap_outputs, scale_lengths
 
 COST = CostModel(base_s=0.01, short_token_s=1e-4, long_token_s=1e-4, pair_s=1e-8)
@@ -179,7 +181,7 @@ async def measure_worker(worker: LiveWorker, *, requests: int, seed: int) -> dic
 
 
 async def live_part(options: argparse.Namespace) -> list[dict[str, Any]]:
-    model, _ = bench_model()
+    model, _ = make_deep_model()
     async with LiveWorkers(model, [flowprefill()], log_dir=options.log_dir) as live:
         worker = live["flowprefill"]
         await measure_worker(worker, requests=20, seed=options.seed + 100)

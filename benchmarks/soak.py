@@ -37,11 +37,13 @@ import aiohttp
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import KV_POOL_TOKENS, LiveWorker, LiveWorkers, bench_model, flowprefill
 from results_file import write_result
 
+from flowprefill_sglang.cluster.configurations import flowprefill
+from flowprefill_sglang.cluster.side_by_side import KV_POOL_TOKENS, LiveWorker, LiveWorkers
 from flowprefill_sglang.observe.events import Outcome, RequestArrived, RequestEnded, TaskFinished, TaskPreempted
 from flowprefill_sglang.workload.prompts import LETTERS
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 
 CHUNK_TOKENS = 1_024
 """Small, so that many prompts are computed in several tasks."""
@@ -339,7 +341,7 @@ def verdicts(soak: Soak, left: dict[str, Any]) -> dict[str, bool]:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    model, _ = bench_model()
+    model, _ = make_deep_model()
     configuration = flowprefill(options.policy, "--chunked-prefill-size", str(CHUNK_TOKENS))
     environment = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
     async with LiveWorkers(model, [configuration], log_dir=options.log_dir, environment=environment) as live:

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_workers import LiveWorker, LiveWorkers, bench_model, flowprefill, stock
 from results_file import write_result
 
 from flowprefill_sglang.bench.client import replay
@@ -41,7 +40,10 @@ from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.objectives import unscaled_objectives
 from flowprefill_sglang.bench.plan import plan_requests
 from flowprefill_sglang.bench.report import percentile
+from flowprefill_sglang.cluster.configurations import flowprefill, stock
+from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
 from flowprefill_sglang.observe.events import TaskFinished, TaskPreempted, TaskStarted
+from flowprefill_sglang.workload.tiny_model import make_deep_model
 from flowprefill_sglang.workload.trace import TraceRequest
 
 ALONE = ("--prefill-max-requests", "1", "--chunked-prefill-size", "-1")
@@ -69,7 +71,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.pairs = 3
-    model, shape = bench_model(options.layers)
+    model, shape = make_deep_model(options.layers)
     rows, is_pinned = asyncio.run(measure(options, model))
     summaries = summarize(rows)
     for row in summaries:

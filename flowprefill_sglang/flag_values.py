@@ -14,6 +14,23 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number of at least 0, in digits alone."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    return number(text, "a number above 0 and below 1", lambda v: 0 < v < 1)
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """Finite numbers above 0 with commas between them, put in order."""
+    return tuple(sorted({factor(part) for part in text.split(",")}))
+
+
 def factor(text: str) -> float:
     """A finite number above 0."""
     return number(text, "a number above 0", lambda v: v > 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -78,6 +78,7 @@ async def replay(
     timeout_s: float = 600.0,
     max_in_flight: int = 8_192,
     on_record: Callable[[RequestRecord], None] | None = None,
+    headers: Mapping[str, str] | None = None,
     clock: Clock = time.perf_counter,
     started_at: float | None = None,
 ) -> list[RequestRecord]:
@@ -85,8 +86,8 @@ async def replay(
 
     ``timeout_s`` bounds each request. A request that would be in flight beside ``max_in_flight`` others is not sent and
     recorded as an error: waiting would turn open-loop load into closed-loop load. Cancelling this coroutine closes
-    every connection before it ends, so that the server can abort what it works on. ``started_at`` is the zero of the
-    records' times, a reading of ``clock``; default: now.
+    every connection before it ends, so that the server can abort what it works on. ``headers`` go with every request.
+    ``started_at`` is the zero of the records' times, a reading of ``clock``; default: now.
     """
     in_flight: set[asyncio.Task[None]] = set()
     ended: dict[int, RequestRecord] = {}
@@ -101,7 +102,7 @@ async def replay(
 
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s))
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url.rstrip("/"), timeout=timeout, connector=connector) as session:
+    async with aiohttp.ClientSession(url.rstrip("/"), timeout=timeout, connector=connector, headers=headers) as session:
         zero_at = clock() if started_at is None else started_at
         try:
             for row in sorted(range(len(plan)), key=lambda row: plan[row].at_s):

@@ -112,7 +112,7 @@ def comparison_table(one: Contestant, other: Contestant) -> Table:
         _pairs([(_ms(getattr(a, key)), _ms(getattr(b, key))) for a, b in pairs.values()])
         for key in ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms")
     ]
-    totals = (_percent(_attainment(reports[0])), _percent(_attainment(reports[1])))
+    totals = (_percent(reports[0].attainment), _percent(reports[1].attainment))
     attained = _pairs([*((_percent(a.attainment), _percent(b.attainment)) for a, b in pairs.values()), totals])
     for row, (name, (a, _)) in enumerate(pairs.items()):
         table.add_row(name, str(a.count), _ms(a.slo_ms), *(column[row] for column in columns), attained[row])
@@ -189,10 +189,6 @@ def _scheduler_document(contestant: Contestant) -> dict[str, Any]:
 
 def _class_of(report: Report, name: str) -> ClassReport:
     return next(c for c in report.classes if c.name == name)
-
-
-def _attainment(report: Report) -> float:
-    return report.attained / report.requests if report.requests else math.nan
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:

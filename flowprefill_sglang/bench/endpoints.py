@@ -1,4 +1,4 @@
-"""The two streaming endpoints that the load client speaks: how to ask, and what an event of the answer means."""
+"""The streaming endpoints that the load client speaks: how to ask, and what an event of the answer means."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Endpoint:
     Of a greedy, streaming request whose answer has exactly that many tokens.
     """
     read_event: Callable[[dict[str, Any]], StreamEvent]
+    takes_ids: bool = True
+    """Whether a prompt may be token ids."""
 
 
 def _generate_body(rid: str, prompt: str | list[int], output_tokens: int, model: str) -> dict[str, Any]:
@@ -84,6 +86,27 @@ def _read_completions(event: dict[str, Any]) -> StreamEvent:
     )
 
 
+def _chat_body(rid: str, prompt: str | list[int], output_tokens: int, model: str) -> dict[str, Any]:
+    body = _completions_body(rid, "", output_tokens, model)
+    del body["prompt"]
+    return body | {"messages": [{"role": "user", "content": prompt}]}
+
+
+def _read_chat(event: dict[str, Any]) -> StreamEvent:
+    choices = event.get("choices")
+    choice: dict[str, Any] = choices[0] if choices else {}
+    delta = choice.get("delta") or {}
+    reason = choice.get("finish_reason")
+    text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
+    return StreamEvent(
+        text=text,
+        has_token=bool(text),
+        output_tokens=(event.get("usage") or {}).get("completion_tokens"),
+        finish_reason=reason,
+        error="aborted" if reason == "abort" else _error_of(event),
+    )
+
+
 def _error_of(event: dict[str, Any]) -> str | None:
     error = event.get("error")
     if error is None:
@@ -93,6 +116,9 @@ def _error_of(event: dict[str, Any]) -> str | None:
 
 
 ENDPOINTS = {
+    "chat": Endpoint(
+        path="/v1/chat/completions", cumulative=False, build_body=_chat_body, read_event=_read_chat, takes_ids=False
+    ),
     "generate": Endpoint(path="/generate", cumulative=True, build_body=_generate_body, read_event=_read_generate),
     "completions": Endpoint(
         path="/v1/completions", cumulative=False, build_body=_completions_body, read_event=_read_completions

@@ -2,7 +2,8 @@
 
 A probe offers one rate and counts. Attainment falls with the rate, apart from noise, so a few probes around the
 crossing with the target find it: each next rate is where the probes so far say that the crossing is, or, while they
-all lie on one side of it, a step to the other side that is the longer the further attainment is from the target.
+all lie on one side of it, a step to the other side that is the longer the further attainment is from the target, and
+the more steps there have been.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ TARGET = 0.9
 _ATTAINMENT_PER_LOG_RATE = 0.25
 """How steeply attainment falls near the target, about: for the length of steps only, never in a result."""
 _SHORTEST_STEP, _LONGEST_STEP = math.log(1.12), math.log(2.5)
+EXTRA_PROBES = 4
+"""Tried beyond the number asked for, while all probes lie on one side: a bound says little, and nothing in a ratio."""
 _SAME_RATE = math.log(1.02)
 """Rates closer than this are one rate: a probe there would tell nothing new."""
 
@@ -55,7 +58,7 @@ def estimate(probes: Sequence[Probe], target: float = TARGET) -> Estimate:
     if not probes:
         raise ValueError("an estimate needs at least one probe")
     ordered = sorted(probes, key=lambda probe: probe.rate_rps)
-    smooth = _falling([p.attainment for p in ordered], [float(p.requests) for p in ordered])
+    smooth = falling([p.attainment for p in ordered], [float(p.requests) for p in ordered])
     passing = [index for index, value in enumerate(smooth) if value >= target]
     if not passing:
         return Estimate(rate_rps=ordered[0].rate_rps, passed_rps=0.0, is_bracketed=False)
@@ -76,6 +79,11 @@ class GoodputSearch:
     target: float = TARGET
     probes: list[Probe] = field(default_factory=list)
 
+    def is_done(self, probes: int) -> bool:
+        """Whether so many probes, or more while they all lie on one side, are made."""
+        made = len(self.probes)
+        return made >= probes and (made >= probes + EXTRA_PROBES or estimate(self.probes, self.target).is_bracketed)
+
     def next_rate(self) -> float:
         """The rate to offer next, in requests per second."""
         if not self.probes:
@@ -90,8 +98,8 @@ class GoodputSearch:
 
     def _step(self, attainment: float) -> float:
         """Logarithm of the factor to the next rate: up from attainment at the target or above, else down."""
-        length = abs(attainment - self.target) / _ATTAINMENT_PER_LOG_RATE
-        length = min(max(length, _SHORTEST_STEP), _LONGEST_STEP)
+        length = abs(attainment - self.target) / _ATTAINMENT_PER_LOG_RATE * 2.0 ** (len(self.probes) - 1)
+        length = min(max(float(length), _SHORTEST_STEP), _LONGEST_STEP)
         return length if attainment >= self.target else -length
 
     def _between(self, rate_rps: float, passed_rps: float) -> float:
@@ -101,7 +109,7 @@ class GoodputSearch:
         return math.sqrt(passed_rps * failed_rps) if is_known else rate_rps
 
 
-def _falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+def falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The non-increasing sequence closest to ``values`` in weighted squares (pool adjacent violators)."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values, weights, strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from flowprefill_sglang.bench.client import RequestRecord
 from flowprefill_sglang.workload.classes import CLASSES
 from flowprefill_sglang.workload.trace import TraceRequest
 
@@ -33,20 +34,39 @@ class Objective:
     """One class's TTFT objective and where it comes from."""
 
     slo_ms: float
-    class_slo_ms: float
-    """The paper's objective."""
-    factor: float
+    class_slo_ms: float | None
+    """The paper's objective; None for a class that is not the paper's."""
+    factor: float | None
     """``slo_ms / class_slo_ms``."""
     median_input_tokens: int | None = None
     """The class's median prompt as it was sent; None where nothing was measured."""
     isolated_ttft_ms: float | None = None
     """Measured, that prompt alone."""
 
+    def derivation(self) -> str:
+        """How it comes about, for people."""
+        if self.class_slo_ms is None or self.factor is None:
+            return f"{self.slo_ms:5.0f} ms, as stated"
+        return f"{self.class_slo_ms:5.0f} ms × {self.factor:.3f} = {self.slo_ms:5.0f} ms"
+
+    def is_met_by(self, record: RequestRecord) -> bool:
+        """Whether the answer was complete and its first token in time."""
+        return record.error is None and record.ttft_s is not None and 1_000 * record.ttft_s <= self.slo_ms
+
 
 def unscaled_objectives(factor: float = 1.0) -> dict[str, Objective]:
     """The paper's objectives times a factor that the user states."""
     return {
         c.name: Objective(slo_ms=1_000 * c.slo_s * factor, class_slo_ms=1_000 * c.slo_s, factor=factor) for c in CLASSES
+    }
+
+
+def stated_objectives(slo_ms: Mapping[str, float]) -> dict[str, Objective]:
+    """Objectives in milliseconds, as the user states them for each class."""
+    papers = {c.name: 1_000 * c.slo_s for c in CLASSES}
+    return {
+        name: Objective(slo_ms=ms, class_slo_ms=papers.get(name), factor=ms / papers[name] if name in papers else None)
+        for name, ms in slo_ms.items()
     }
 
 

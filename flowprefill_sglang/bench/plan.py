@@ -24,11 +24,13 @@ def plan_requests(
     model: str,
     prompts: PromptKind = "bytes",
     objectives: Mapping[str, Objective] | None = None,
+    priorities: Mapping[str, int] | None = None,
 ) -> list[PlannedRequest]:
     """One planned request for each row, in the rows' order, with ``rid`` ``<run_id>-<row>``.
 
     ``prompts``: ``bytes`` sends text, exact for a byte-level tokenizer; ``ids`` sends token ids, exact for any model.
-    Without ``objectives`` the server is told none. A ``run_id`` that repeats on a server repeats its request ids too.
+    Without ``objectives`` the server is told none. ``priorities`` are SGLang's, higher first, by class.
+    A ``run_id`` that repeats on a server repeats its request ids too.
     """
     make_prompt = prompt_text if prompts == "bytes" else prompt_ids
     planned = []
@@ -36,6 +38,8 @@ def plan_requests(
         rid = f"{run_id}-{row}"
         output_tokens = max(1, request.output_tokens)
         body = endpoint.build_body(rid, make_prompt(request, row, seed), output_tokens, model)
+        if priorities is not None:
+            body["priority"] = priorities[request.class_name]
         planned.append(
             PlannedRequest(
                 rid=rid,

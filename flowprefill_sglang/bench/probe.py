@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from flowprefill_sglang.bench.client import replay
+from flowprefill_sglang.bench.client import PlannedRequest, replay
 from flowprefill_sglang.bench.endpoints import Endpoint
 from flowprefill_sglang.bench.plan import PromptKind, plan_requests
-from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.errors import BadInput, PeerFault
 from flowprefill_sglang.workload.trace import TraceRequest
 
 
@@ -21,7 +21,8 @@ class ServedModel:
     """A model as ``/v1/models`` lists it."""
 
     name: str
-    max_context_tokens: int
+    max_context_tokens: int | None
+    """None where the server does not say; ``max_model_len`` is an extension of SGLang and vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,21 +56,32 @@ async def fetch_engine_settings(worker_url: str, *, timeout_s: float = 10.0) -> 
         raise PeerFault(f"{address} does not say how the server forms its batches") from error
 
 
-async def fetch_model(url: str, *, timeout_s: float = 10.0) -> ServedModel:
-    """The first model that the server lists. Raises PeerFault when there is none or the server is not to be had."""
+async def fetch_model(
+    url: str, name: str | None = None, *, headers: Mapping[str, str] | None = None, timeout_s: float = 10.0
+) -> ServedModel:
+    """The model of this name that the server lists, or the first.
+
+    Raises PeerFault when the server is not to be had or lists no model, BadInput when it does not list this one.
+    """
     listing = f"{url.rstrip('/')}/v1/models"
-    document = await _get_json(listing, timeout_s)
+    document = await _get_json(listing, timeout_s, headers)
     try:
-        first = document["data"][0]
-        return ServedModel(name=str(first["id"]), max_context_tokens=int(first["max_model_len"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise PeerFault(f"{listing} does not list a model with its max_model_len") from error
+        models = {str(model["id"]): model for model in document["data"]}
+        chosen = next(iter(models)) if name is None else name
+        if chosen not in models:
+            raise BadInput(f"the server has no model {chosen!r}; it lists {', '.join(models)}")
+        context = models[chosen].get("max_model_len")
+        return ServedModel(name=chosen, max_context_tokens=None if context is None else int(context))
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise PeerFault(f"{listing} does not list a model") from error
 
 
-async def _get_json(address: str, timeout_s: float) -> Any:  # any JSON document, checked by the caller
+async def _get_json(
+    address: str, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> Any:  # any JSON document, checked by the caller
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s), headers=headers) as session,
             session.get(address, raise_for_status=True) as response,
         ):
             return await response.json()
@@ -90,6 +102,7 @@ async def measure_isolated_ttft(
     prompts: PromptKind,
     seed: int,
     repeats: int = 3,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Send one request at a time, each class's median prompt ``repeats`` times in turn; TTFTs in seconds per class.
 
@@ -104,9 +117,33 @@ async def measure_isolated_ttft(
         rows, run_id=f"isolated-{uuid.uuid4().hex[:12]}", seed=~seed, endpoint=endpoint, model=model, prompts=prompts
     )
     for number, planned in enumerate(plan):
-        (record,) = await replay(url, [planned], timeout_s=120)
-        if record.error is not None or record.ttft_s is None:
-            raise PeerFault(f"a single request of {record.input_tokens} tokens failed: {record.error}")
+        ttft_s = await _send_alone(url, planned, headers)
         if number >= len(medians):
-            ttfts[record.class_name].append(record.ttft_s)
+            ttfts[planned.class_name].append(ttft_s)
     return ttfts
+
+
+async def warm_up(
+    url: str,
+    requests: Sequence[TraceRequest],
+    *,
+    endpoint: Endpoint,
+    model: str,
+    prompts: PromptKind,
+    seed: int,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Send these requests one after another, with content that no load of the same seed repeats. Raises PeerFault."""
+    plan = plan_requests(
+        requests, run_id=f"warm-{uuid.uuid4().hex[:12]}", seed=~seed, endpoint=endpoint, model=model, prompts=prompts
+    )
+    for planned in plan:
+        await _send_alone(url, planned, headers)
+
+
+async def _send_alone(url: str, planned: PlannedRequest, headers: Mapping[str, str] | None) -> float:
+    """Its TTFT in seconds. Raises PeerFault when it fails."""
+    (record,) = await replay(url, [planned], timeout_s=120, headers=headers)
+    if record.error is not None or record.ttft_s is None:
+        raise PeerFault(f"a single request of {record.input_tokens} tokens failed: {record.error}")
+    return record.ttft_s

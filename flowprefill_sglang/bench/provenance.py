@@ -32,6 +32,11 @@ def provenance(command: Sequence[str], now: datetime) -> dict[str, Any]:
     }
 
 
+def without_folders(command: Sequence[str]) -> list[str]:
+    """A command with its files' names alone: where they lie on this machine is nobody's business. URLs stay."""
+    return [Path(word).name if "/" in word and "://" not in word else word for word in command]
+
+
 def _package_versions() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:

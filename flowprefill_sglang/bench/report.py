@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -68,6 +69,16 @@ class Report:
         return sum(c.attained for c in self.classes)
 
     @property
+    def attainment(self) -> float:
+        """Part of all requests that met their objective; ``nan`` for none."""
+        return self.attained / self.requests if self.requests else math.nan
+
+    @property
+    def goodput_rps(self) -> float:
+        """Requests within their objective, per second; ``nan`` without time."""
+        return self.attained / self.wall_s if self.wall_s > 0 else math.nan
+
+    @property
     def is_client_late(self) -> bool:
         """Whether the client fell behind its own schedule."""
         return self.late_p99_ms > LATE_MS
@@ -82,6 +93,39 @@ def percentile(values: Sequence[float], percent: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def pooled(reports: Sequence[Report], summary: Report) -> Report:
+    """``summary``, which is over the records of several loads one after another, with the time that these took."""
+    return replace(summary, wall_s=sum(report.wall_s for report in reports))
+
+
+def late_refusal(late_p99_ms: float, what: str) -> str:
+    """Why there is no result of ``what``."""
+    return (
+        f"no result: the load client fell behind {what}: 1% of its requests left over {late_p99_ms:.0f} ms after their "
+        f"time (limit {LATE_MS:.0f} ms), so that the load was not the one asked for; lower the rate, or run the client "
+        "where nothing else wants the processor"
+    )
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def error_kind(error: str) -> str:
+    """What errors of one cause have in common: the HTTP status, or the words before details and numbers."""
+    head = error.split(":")[0].split(" (")[0]
+    return head if head.startswith("HTTP ") else _NUMBER.sub("N", head)
+
+
+def errors_by_kind(report: Report) -> list[tuple[str, int, str]]:
+    """Kind, number of requests, and the most frequent error of the kind; the most frequent kind first."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for error, count in report.errors:
+        counts[error_kind(error)] += count
+        examples.setdefault(error_kind(error), error)
+    return [(kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 
 def summarize(records: Sequence[RequestRecord], objectives: Mapping[str, Objective]) -> Report:
@@ -128,14 +172,15 @@ def to_document(report: Report, objectives: Mapping[str, Objective]) -> dict[str
         "requests": report.requests,
         "succeeded": report.succeeded,
         "wall_s": _number(report.wall_s, 3),
-        "attainment": _number(report.attained / report.requests if report.requests else math.nan, 4),
-        "goodput_rps": _number(report.attained * per_s, 3),
+        "attainment": _number(report.attainment, 4),
+        "goodput_rps": _number(report.goodput_rps, 3),
         "input_tokens_per_s": _number(report.input_tokens * per_s, 1),
         "output_tokens_per_s": _number(report.output_tokens * per_s, 1),
         "client_late": report.is_client_late,
         "client_late_p99_ms": _number(report.late_p99_ms, 2),
         "client_late_max_ms": _number(report.late_max_ms, 2),
         "errors": [{"error": error, "count": count} for error, count in report.errors],
+        "errors_by_kind": {kind: count for kind, count, _ in errors_by_kind(report)},
         "classes": {
             c.name: {
                 "count": c.count,

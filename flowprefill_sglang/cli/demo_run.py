@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from flowprefill_sglang.bench.experiment import ExperimentSettings, Prepared, Re
 from flowprefill_sglang.bench.objectives import REFERENCE, Objective
 from flowprefill_sglang.bench.probe import fetch_engine_settings
 from flowprefill_sglang.bench.recordings import Workers
+from flowprefill_sglang.cluster.alive import while_alive
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.observe.recording import Recording
@@ -57,7 +57,7 @@ class DemoRun:
         async with self._running(spec) as cluster:
             engine = await fetch_engine_settings(cluster.member_url("prefill-0"))
             self.console.print(f"  prefill workers run with {engine.flags()}", soft_wrap=True)
-            result = await _while_alive(cluster, self._load(cluster.url, name))
+            result = await while_alive(cluster.watch(), self._load(cluster.url, name))
             recordings = await self._recordings(cluster.url, result)
         return Contestant(scheduler=scheduler, result=result, recordings=recordings, engine=engine)
 
@@ -87,7 +87,7 @@ class DemoRun:
             return await run(url, prepared, self.settings, lambda record: progress.advance(bar))
 
     async def _recordings(self, url: str, result: Result) -> list[Recording]:
-        return await Workers(url).recordings(result.report.wall_s + RECORDED_BEFORE_S)
+        return await Workers(url, api_key=self.settings.api_key).recordings(result.report.wall_s + RECORDED_BEFORE_S)
 
     def _print_plan(self, prepared: Prepared) -> None:
         requests, factor = prepared.requests, prepared.length_factor
@@ -101,21 +101,4 @@ class DemoRun:
         basis = f"what single requests take here / on {REFERENCE}" if measured else "the stated factor"
         self.console.print(f"TTFT objectives: the paper's × {basis}", soft_wrap=True)
         for class_name, objective in prepared.objectives.items():
-            self.console.print(
-                f"  {class_name:<7} {objective.class_slo_ms:5.0f} ms × {objective.factor:.3f} "
-                f"= {objective.slo_ms:5.0f} ms"
-            )
-
-
-async def _while_alive(cluster: LocalCluster, work: Coroutine[None, None, Result]) -> Result:
-    """The work's result. Raises PeerFault when the cluster cannot serve any more before it is done."""
-    working, watching = asyncio.create_task(work), asyncio.create_task(cluster.watch())
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            await watching  # raises: it returns for no other reason
-        return await working
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+            self.console.print(f"  {class_name:<7} {objective.derivation()}")

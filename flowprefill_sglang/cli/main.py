@@ -18,7 +18,10 @@ from flowprefill_sglang.errors import BadInput, FlowPrefillError
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A subcommand: ``add_<name>_arguments(parser)`` and ``run_<name>(namespace) -> exit status`` of ``module``."""
+    """A subcommand: ``add_<name>_arguments(parser)`` and ``run_<name>(namespace) -> exit status`` of ``module``.
+
+    Its name has one word or two; ``_`` stands between two in the functions' names.
+    """
 
     module: str
     help: str
@@ -29,6 +32,11 @@ class Command:
 COMMANDS = {
     "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True),
     "demo": Command(module="demo", help="run a workload under FlowPrefill and under stock SGLang, side by side"),
+    "bench": Command(module="bench", help="load a server in open loop; measure TTFT, attainment and goodput"),
+    "bench compare": Command(module="bench_compare", help="ratios between two results of bench, with their spread"),
+    "bench suite": Command(
+        module="bench_suite", help="measure FlowPrefill and every stock scheduler on this machine", passes_on=True
+    ),
     "timeline": Command(module="timeline", help="watch a cluster's prefill workers and draw what ran when"),
     "profile": Command(module="profile", help="measure what prefill costs on this hardware and model", passes_on=True),
     "router": Command(module="roles", help="run the router"),
@@ -41,7 +49,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the process's exit status."""
     die_with_parent()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _with_whole_name(sys.argv[1:] if arguments is None else arguments)
     chosen = words[0] if words and words[0] in COMMANDS else None
     parser, subparser = _parser(chosen)
     namespace, rest = parser.parse_known_args(words)
@@ -55,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _with_whole_name(arguments: Sequence[str]) -> list[str]:
+    """The words of the command line, with a subcommand of two words as one."""
+    words = list(arguments)
+    name = " ".join(words[:2])
+    return [name, *words[2:]] if name in COMMANDS else words
 
 
 def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
@@ -82,5 +97,5 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.Argum
 
 def _function(name: str, pattern: str) -> Callable[..., int]:  # add_… takes a parser, run_… a namespace
     module = import_module(f"flowprefill_sglang.cli.{COMMANDS[name].module}")
-    function: Callable[..., int] = getattr(module, pattern.format(name))
+    function: Callable[..., int] = getattr(module, pattern.format(name.replace(" ", "_")))
     return function

@@ -19,12 +19,11 @@ from typing import Any, Literal, Self
 import aiohttp
 
 from flowprefill_sglang.cluster.ports import free_ports, local_url, require_free
-from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit
 from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
 
 _POLL_INTERVAL_S = 0.1
 _GONE = ("stopped", "failed")
-_WRONG_USE = 2  # argparse's exit status, and ours
 _INTERRUPT_GRACE_S = 8.0
 """Wait after the first interrupt: the router lets running requests end, SGLang ends its children one after another."""
 _HURRY_GRACE_S = 3.0
@@ -222,7 +221,7 @@ class LocalCluster:
             if status is None:
                 continue
             self._report(name, "failed", describe_exit(status))
-            if status == _WRONG_USE:
+            if status == WRONG_USE:
                 raise BadInput(f"{name} does not take these flags: {member.process.last_words()}")
             raise StartupError(
                 f"{name} {describe_exit(status)} while the cluster was starting. "

@@ -14,6 +14,9 @@ from pathlib import Path
 
 PARENT_VARIABLE = "FLOWPREFILL_PARENT_PID"
 """Set for children: the process without which they should not live."""
+FLOWPREFILL = ("-m", "flowprefill_sglang")
+"""Python's arguments that run the ``flowprefill`` command."""
+WRONG_USE = 2  # argparse's exit status, and ours
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TAIL_BYTES = 64 * 1024
 _VERDICT = re.compile(r"(flowprefill|sglang)( [a-z]+)?: \S")
@@ -41,13 +44,20 @@ def die_with_parent() -> None:
 class ChildProcess:
     """A ``flowprefill`` command running in the background. Owned by the launcher that started it."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        """Start ``python -m flowprefill_sglang ARGUMENTS``; raises OSError when the log cannot be written."""
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        program: Sequence[str] = FLOWPREFILL,
+    ) -> None:
+        """Start ``python PROGRAM ARGUMENTS``; raises OSError when the log cannot be written."""
         self.name = name
         self.log = log
         with log.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flowprefill_sglang", *arguments],
+                [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from flowprefill_sglang.workload.trace import TraceRequest
 
@@ -69,6 +70,7 @@ CLASSES: tuple[RequestClass, ...] = (
     ),
 )
 CLASS_NAMES = frozenset(c.name for c in CLASSES)
+ClassRule = Literal["type", "length"]
 
 
 def class_for_length(input_tokens: int) -> str:
@@ -76,8 +78,14 @@ def class_for_length(input_tokens: int) -> str:
     return next(c.name for c in CLASSES if input_tokens <= c.up_to_tokens)
 
 
-def assign_classes(requests: Sequence[TraceRequest]) -> tuple[TraceRequest, ...]:
-    """Each request with a class: the trace's own type where it is one of the four, else by prompt length."""
+def assign_classes(
+    requests: Sequence[TraceRequest], *, by: ClassRule = "type", names: Collection[str] = CLASS_NAMES
+) -> tuple[TraceRequest, ...]:
+    """Each request with a class.
+
+    ``type``: the trace's own type where it is one of ``names``, else by prompt length. ``length``: always by length.
+    """
     return tuple(
-        r if r.class_name in CLASS_NAMES else replace(r, class_name=class_for_length(r.input_tokens)) for r in requests
+        r if by == "type" and r.class_name in names else replace(r, class_name=class_for_length(r.input_tokens))
+        for r in requests
     )

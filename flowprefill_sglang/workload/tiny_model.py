@@ -26,7 +26,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,17 @@ class TinyModelShape:
     def __post_init__(self) -> None:
         if self.num_attention_heads % 2 or self.hidden_size % (2 * self.num_attention_heads) or self.vocab_size < 258:
             raise ValueError(f"num_attention_heads must be even and divide hidden_size / 2, vocab_size >= 258: {self}")
+
+
+DEEP_SHAPE = TinyModelShape(num_hidden_layers=8, hidden_size=64, intermediate_size=128)
+"""For measurements of prefill scheduling: eight thin layers, 41 operators. The default's four layers would make an
+operator a far larger part of a prefill than it is in real models, which have 32 layers and more."""
+
+
+def make_deep_model(layers: int | None = None) -> tuple[Path, TinyModelShape]:
+    """The model of ``DEEP_SHAPE``, or of another number of layers, and its shape."""
+    shape = DEEP_SHAPE if layers is None else replace(DEEP_SHAPE, num_hidden_layers=layers)
+    return make_tiny_model(shape=shape), shape
 
 
 def default_model_dir() -> Path:

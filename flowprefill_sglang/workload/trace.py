@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from flowprefill_sglang.errors import BadInput
 
@@ -39,6 +39,10 @@ class Trace:
     """Of the file's bytes; None for a generated workload."""
     skipped_rows: int = 0
     """Broken rows left out (``--skip-bad-rows``)."""
+    left_out_rows: int = 0
+    """Rows that are no request by the format's own rules: a conversation without an answer, for example."""
+    has_arrivals: bool = True
+    """Whether the source says when requests arrive. If not, ``arrival_s`` is 0 throughout: see ``poisson_arrivals``."""
 
 
 def window(requests: Sequence[TraceRequest], start_s: float, duration_s: float | None) -> tuple[TraceRequest, ...]:
@@ -51,6 +55,32 @@ def scale_rate(requests: Sequence[TraceRequest], factor: float) -> tuple[TraceRe
     """``factor`` times the request rate: every interval between arrivals is divided by it."""
     _check_factor("rate scale", factor)
     return tuple(replace(r, arrival_s=r.arrival_s / factor) for r in requests)
+
+
+def at_rate(requests: Sequence[TraceRequest], rate_rps: float) -> tuple[TraceRequest, ...]:
+    """Arrivals stretched or compressed to a mean rate; their pattern stays.
+
+    Raises BadInput for several requests that all arrive at once, which have no rate to start from.
+    """
+    if len(requests) < 2:
+        return tuple(requests)
+    return scale_rate(requests, rate_rps / mean_rate(requests))
+
+
+def mean_rate(requests: Sequence[TraceRequest]) -> float:
+    """Requests per second from the first arrival to the last. Raises BadInput when there is no time between them."""
+    span_s = requests[-1].arrival_s - requests[0].arrival_s if requests else 0.0
+    if span_s <= 0:
+        raise BadInput("all requests arrive at the same time, so that they have no rate")
+    return (len(requests) - 1) / span_s
+
+
+def poisson_arrivals(requests: Sequence[TraceRequest], rate_rps: float, seed: int) -> tuple[TraceRequest, ...]:
+    """For sources without times: independent arrivals at ``rate_rps`` on average, the first at 0 s, in their order."""
+    _check_factor("rate", rate_rps)
+    rng = random.Random(f"poisson arrivals {seed}")
+    gaps = [0.0, *(rng.expovariate(rate_rps) for _ in requests[1:])]
+    return tuple(replace(r, arrival_s=at) for r, at in zip(requests, accumulate(gaps), strict=True))
 
 
 def spread_ties(requests: Sequence[TraceRequest], seed: int) -> tuple[TraceRequest, ...]:

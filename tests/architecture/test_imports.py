@@ -53,7 +53,8 @@ MAY_IMPORT_ENGINE: dict[str, tuple[str, ...]] = {
     "flashinfer": ("kernels/",),
     "torch": ("integration/", "kv/", "kernels/", "prefill_worker/"),
     "safetensors": ("workload/tiny_model.py",),
-    "psutil": ("integration/",),
+    "psutil": ("integration/", "cluster/placement.py"),
+    "tokenizers": ("workload/token_count.py",),
     "matplotlib": ("bench/",),  # the extra "plot"
 }
 """Third-party packages that stay behind a seam, and the path prefixes below the package where they may be imported.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowprefill_sglang.bench.goodput import GoodputSearch, Probe, estimate
+from flowprefill_sglang.bench.goodput import EXTRA_PROBES, GoodputSearch, Probe, estimate
 
 
 def probe(rate_rps: float, attained: int, requests: int = 100) -> Probe:
@@ -72,3 +72,22 @@ def test_no_rate_is_offered_twice_while_the_crossing_is_open() -> None:
         rate = search.next_rate()
         assert all(abs(math.log(rate / known.rate_rps)) > 0.001 for known in search.probes)
         search.probes.append(probe(rate, attained))
+
+
+@given(st.floats(0.01, 100))
+def test_a_guess_that_is_far_off_is_soon_bracketed(off_by: float) -> None:
+    """The more probes lie on one side, the longer the steps."""
+    search = GoodputSearch(guess_rps=10 * off_by)
+    while not search.is_done(4):
+        rate = search.next_rate()
+        search.probes.append(probe(rate, 100 if rate <= 10 else 50))
+    assert len(search.probes) <= 8
+    assert estimate(search.probes).is_bracketed
+
+
+def test_a_server_that_passes_at_every_rate_ends_the_search() -> None:
+    search = GoodputSearch(guess_rps=1)
+    while not search.is_done(2):
+        search.probes.append(probe(search.next_rate(), 100))
+    assert len(search.probes) == 2 + EXTRA_PROBES
+    assert not estimate(search.probes).is_bracketed

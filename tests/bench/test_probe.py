@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
-from flowprefill_sglang.bench.probe import ServedModel, fetch_model, measure_isolated_ttft
-from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.bench.probe import ServedModel, fetch_model, measure_isolated_ttft, warm_up
+from flowprefill_sglang.errors import BadInput, PeerFault
+from flowprefill_sglang.workload.prompts import prompt_text
+from flowprefill_sglang.workload.trace import TraceRequest
 from flowprefill_testing.streaming_server import StreamingServer, served
 
 
@@ -25,11 +27,30 @@ def test_the_served_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "models", [{}, {"data": []}, {"data": [{"id": "x"}]}, {"data": [{"id": "x", "max_model_len": None}]}]
+    "models",
+    [{}, {"data": []}, {"data": [{"name": "x"}]}, {"data": ["x"]}, {"data": [{"id": "x", "max_model_len": "y"}]}],
 )
 def test_a_listing_without_a_model(models: Any) -> None:
     with pytest.raises(PeerFault, match="does not list a model"):
         ask(StreamingServer(models), fetch_model)
+
+
+def test_a_server_that_states_no_context() -> None:
+    models = {"data": [{"id": "x"}, {"id": "y", "max_model_len": None}]}
+    assert ask(StreamingServer(models), fetch_model) == ServedModel(name="x", max_context_tokens=None)
+    assert ask(StreamingServer(models), lambda url: fetch_model(url, "y")).name == "y"
+    with pytest.raises(BadInput, match="no model 'z'; it lists x, y"):
+        ask(StreamingServer(models), lambda url: fetch_model(url, "z"))
+
+
+def test_warming_up_sends_what_no_load_repeats() -> None:
+    server = StreamingServer()
+    rows = [TraceRequest(arrival_s=0, input_tokens=30, output_tokens=1, class_name="text")] * 3
+    ask(server, lambda url: warm_up(url, rows, **MEASURING))
+    loads = {prompt_text(row, number, 0) for number, row in enumerate(rows)}
+    assert len(server.bodies) == 3
+    assert server.most_working == 1
+    assert not {body["text"] for body in server.bodies} & loads
 
 
 def test_no_server() -> None:

@@ -4,7 +4,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flowprefill_sglang.bench.provenance import provenance
+from flowprefill_sglang.bench.provenance import provenance, without_folders
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,3 +22,18 @@ def test_it_says_what_ran_where_and_when() -> None:
         assert document["commit"].removesuffix("+changes") == head.stdout.strip()
     else:
         assert document["commit"] is None
+
+
+def test_commands_are_told_without_the_folders_of_this_machine() -> None:
+    words = [
+        "flowprefill",
+        "bench",
+        "--url",
+        "http://127.0.0.1:3000/x",
+        "--trace",
+        "/home/a/t.csv",
+        "--json",
+        "o/r.json",
+    ]
+    told = ["flowprefill", "bench", "--url", "http://127.0.0.1:3000/x", "--trace", "t.csv", "--json", "r.json"]
+    assert without_folders(words) == told

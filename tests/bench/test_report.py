@@ -12,7 +12,7 @@ from rich.console import Console
 
 from flowprefill_sglang.bench.client import RequestRecord
 from flowprefill_sglang.bench.objectives import unscaled_objectives
-from flowprefill_sglang.bench.report import percentile, summarize, to_document, to_table
+from flowprefill_sglang.bench.report import errors_by_kind, percentile, summarize, to_document, to_table
 
 OBJECTIVES = unscaled_objectives()
 
@@ -110,3 +110,19 @@ def test_the_table_says_it_in_eighty_columns() -> None:
 def test_a_class_without_an_objective_is_our_bug() -> None:
     with pytest.raises(KeyError):
         summarize([record("video", 0.1)], OBJECTIVES)
+
+
+def test_errors_of_one_cause_are_one_kind() -> None:
+    errors = [
+        "HTTP 503: no worker 17",
+        "HTTP 503: no worker 4",
+        "HTTP 500: x",
+        "41 tokens instead of 64 (finish: stop)",
+    ]
+    rows = [record("text", None, error) for error in [*errors, "40 tokens instead of 64 (finish: stop)", errors[0]]]
+    kinds = errors_by_kind(summarize(rows, OBJECTIVES))
+    assert kinds == [
+        ("HTTP 503", 3, "HTTP 503: no worker 17"),
+        ("N tokens instead of N", 2, "41 tokens instead of 64 (finish: stop)"),
+        ("HTTP 500", 1, "HTTP 500: x"),
+    ]

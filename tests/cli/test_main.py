@@ -25,7 +25,7 @@ def test_version_names_what_a_bug_report_needs() -> None:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help(command: str) -> None:
-    done = flowprefill(command, "--help")
+    done = flowprefill(*command.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: flowprefill {command}")
 

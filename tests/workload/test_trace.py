@@ -8,8 +8,11 @@ from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.workload.classes import CLASS_NAMES, assign_classes, class_for_length
 from flowprefill_sglang.workload.trace import (
     TraceRequest,
+    at_rate,
     cap_outputs,
     fitting_length_factor,
+    mean_rate,
+    poisson_arrivals,
     scale_lengths,
     scale_rate,
     spread_ties,
@@ -111,3 +114,31 @@ def test_rows_of_equal_time_are_spread_until_the_next_time() -> None:
     assert [r.arrival_s for r in spread] == sorted({r.arrival_s for r in spread}), "no two at once, in order"
     room = {2: (0, 3), 3: (0, 3), 4: (0, 3), 5: (3, 9), 6: (3, 9), 7: (9, 9)}
     assert all(room[r.input_tokens][0] <= r.arrival_s <= room[r.input_tokens][1] for r in spread)
+
+
+def test_a_rate_keeps_the_pattern_of_arrivals() -> None:
+    rows = [TraceRequest(arrival_s=at, input_tokens=9, output_tokens=1) for at in (0, 1, 4, 10)]
+    faster = at_rate(rows, 3)
+    assert mean_rate(faster) == pytest.approx(3)
+    assert [r.arrival_s for r in faster] == pytest.approx([0, 0.1, 0.4, 1.0])
+    assert at_rate(rows[:1], 3) == (rows[0],)
+    with pytest.raises(BadInput, match="arrive at the same time"):
+        at_rate([rows[0], rows[0]], 3)
+
+
+def test_poisson_arrivals_have_their_rate_and_repeat_for_a_seed() -> None:
+    rows = [TraceRequest(arrival_s=0, input_tokens=n, output_tokens=1) for n in range(2, 4_002)]
+    timed = poisson_arrivals(rows, 5, seed=1)
+    assert timed == poisson_arrivals(rows, 5, seed=1) != poisson_arrivals(rows, 5, seed=2)
+    assert timed[0].arrival_s == 0
+    assert mean_rate(timed) == pytest.approx(5, rel=0.05)
+    assert [r.input_tokens for r in timed] == [r.input_tokens for r in rows]
+    with pytest.raises(BadInput, match="rate must be a positive number"):
+        poisson_arrivals(rows, 0, seed=1)
+
+
+def test_classes_by_length_or_with_names_of_ones_own() -> None:
+    rows = [TraceRequest(arrival_s=0, input_tokens=9_000, output_tokens=1, class_name=n) for n in ("text", "coder")]
+    assert [r.class_name for r in assign_classes(rows)] == ["text", "file"]
+    assert [r.class_name for r in assign_classes(rows, by="length")] == ["file", "file"]
+    assert [r.class_name for r in assign_classes(rows, names={"coder"})] == ["file", "coder"]

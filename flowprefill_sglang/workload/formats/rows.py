@@ -17,6 +17,10 @@ class BadRow(ValueError):
     """This line is no request; ``str`` says what was expected."""
 
 
+class LeftOut(BadRow):
+    """This line is well-formed and no request by its format's own rules; it is counted, not refused."""
+
+
 def decode_json(decoder: msgspec.json.Decoder[Row], line: str) -> Row:
     """Decode one JSON line. Raises BadRow with the field that is wrong."""
     try:

@@ -111,7 +111,7 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
         load_trace(tmp_path / "absent", "azure")
     with pytest.raises(BadInput, match="no request in this trace"):
         load_trace(written(tmp_path, AZURE.splitlines()[0]), "azure")
-    with pytest.raises(BadInput, match="expected one of azure, mooncake, qwen"):
+    with pytest.raises(BadInput, match="expected one of azure, custom, mooncake, openai, qwen, sharegpt"):
         load_trace(tmp_path, "csv")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\n")

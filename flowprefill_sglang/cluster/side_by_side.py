@@ -12,64 +12,26 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import aiohttp
-import psutil
 
+from flowprefill_sglang.cluster import placement
+from flowprefill_sglang.cluster.configurations import Configuration
 from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import PARENT_VARIABLE, ChildProcess
-from flowprefill_sglang.errors import StartupError
+from flowprefill_sglang.cluster.process import FLOWPREFILL, WRONG_USE, ChildProcess, describe_exit
+from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 from flowprefill_sglang.observe.recording import Recording, decode
-from flowprefill_sglang.workload.tiny_model import TinyModelShape, make_tiny_model
 
-DEEP_SHAPE = TinyModelShape(num_hidden_layers=8, hidden_size=64, intermediate_size=128)
-"""Eight thin layers, 41 operators: the default model's four layers would make an operator a far larger part of a
-prefill than it is in real models, which have 32 layers and more."""
 KV_POOL_TOKENS = 32_768
 _STARTUP_S = 600.0
 _GRACE_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """A way to schedule prefills."""
-
-    name: str
-    flags: tuple[str, ...]
-    """Of the prefill worker."""
-    script: Path | None = None
-    """A Python file that stands in for ``python -m flowprefill_sglang`` in starting the worker."""
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether SGLang's own scheduler runs."""
-        return "stock" in self.flags
-
-
-def flowprefill(policy: str = "feasible", *flags: str, name: str = "flowprefill") -> Configuration:
-    """Ours, with a policy."""
-    return Configuration(name=name, flags=("--scheduler-policy", policy, *flags))
-
-
-def stock(name: str, *flags: str) -> Configuration:
-    """SGLang's own scheduler, with its own flags."""
-    return Configuration(name=name, flags=("--prefill-scheduler", "stock", *flags))
-
-
-STOCK_UNCHUNKED = stock("fcfs", "--schedule-policy", "fcfs", "--chunked-prefill-size", "-1")
-
-
-def stock_chunked(tokens: int) -> Configuration:
-    """First come, first served, in chunks."""
-    return stock(f"fcfs-{tokens}", "--schedule-policy", "fcfs", "--chunked-prefill-size", str(tokens))
+_POLL_INTERVAL_S = 0.2
 
 
 @dataclass(kw_only=True)
@@ -88,39 +50,27 @@ class LiveWorker:
         return decode(await _get(f"{self.worker_url}/flowprefill/timeline?seconds={seconds:.3f}"))
 
     async def drained(self, timeout_s: float = 120.0) -> None:
-        """Wait until nothing is under way, and empty the prefix cache. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
-            while True:
-                async with session.post(f"{self.worker_url}/flush_cache") as response:
-                    if response.status == 200:
-                        return
-                await asyncio.sleep(0.1)
+        """Wait until nothing is under way, and empty the prefix cache. Raises PeerFault when that does not come."""
+        try:
+            async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
+                while True:
+                    async with session.post(f"{self.worker_url}/flush_cache") as response:
+                        if response.status == 200:
+                            return
+                    await asyncio.sleep(0.1)
+        except TimeoutError as error:
+            raise PeerFault(f"the prefill worker {self.name} was still busy after {timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise PeerFault(f"no answer from the prefill worker {self.name}: {error}") from error
 
     def scheduler_cpu_s(self) -> float:
         """CPU seconds that the scheduler process has used since its start, all threads."""
-        times = psutil.Process(self.scheduler_pid).cpu_times()
-        return float(times.user + times.system)
+        return placement.cpu_s(self.scheduler_pid)
 
 
 async def _get(url: str) -> bytes:
     async with aiohttp.ClientSession() as session, session.get(url, raise_for_status=True) as response:
         return await response.read()
-
-
-class ScriptProcess(ChildProcess):
-    """A Python script in place of the ``flowprefill`` command."""
-
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.log = name, log
-        with log.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid())},
-                start_new_session=True,
-            )
 
 
 class LiveWorkers:
@@ -146,12 +96,16 @@ class LiveWorkers:
         self._children: list[ChildProcess] = []
         self._workers: dict[str, LiveWorker] = {}
         self.decode_url = ""
-        self._own_cores: set[int] | None = None
-        self.is_pinned = False
+        self._placement: placement.Placement | None = None
 
     def __getitem__(self, name: str) -> LiveWorker:
         """Raises KeyError."""
         return self._workers[name]
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether scheduler processes have a core of their own."""
+        return self._placement is not None
 
     def pid(self, name: str) -> int:
         """Process id of ``router-NAME``, ``prefill-NAME`` or ``decode``. Raises StopIteration."""
@@ -164,7 +118,10 @@ class LiveWorkers:
             async with asyncio.timeout(_STARTUP_S):
                 await asyncio.gather(*(self._until_ready(worker) for worker in self._workers.values()))
             self._find_schedulers()
-            self._pin()
+            self._placement = placement.set_schedulers_apart(
+                [child.pid for child in self._children],
+                {worker.scheduler_pid for worker in self._workers.values()},
+            )
         except BaseException:
             await self._stop()
             raise
@@ -188,56 +145,46 @@ class LiveWorkers:
             self._spawn(f"router-{name}", ["router", *listen, "--queue-size", "100000", "--queue-timeout-secs", "600"])
             own = ["--router", bind, "--name", name, "--port", http, "--disaggregation-bootstrap-port", bootstrap]
             arguments = ["prefill", *own, *self._model, *configuration.flags]
-            self._spawn(f"prefill-{name}", arguments, configuration.script)
+            self._spawn(f"prefill-{name}", arguments, configuration.program)
             self._workers[name] = LiveWorker(
                 name=name, url=f"http://127.0.0.1:{port}", worker_url=f"http://127.0.0.1:{http}"
             )
 
-    def _spawn(self, name: str, arguments: list[str], script: Path | None = None) -> None:
+    def _spawn(self, name: str, arguments: list[str], program: Sequence[str] = FLOWPREFILL) -> None:
         log = self._log_dir / f"{name}.log"
-        if script is None:
-            self._children.append(ChildProcess(name, arguments, log, self._environment))
-        else:
-            self._children.append(ScriptProcess(name, [str(script), *arguments], log, self._environment))
+        self._children.append(ChildProcess(name, arguments, log, self._environment, program))
 
     async def _until_ready(self, worker: LiveWorker) -> None:
         async with aiohttp.ClientSession() as session:
             while True:
-                for child in self._children:
-                    if child.exit_status is not None:
-                        raise StartupError(f"{child.name} ended while starting: {child.last_words()[-2000:]}")
+                self._raise_if_one_ended(StartupError, "while starting")
                 try:
                     async with session.get(f"{worker.url}/readiness") as response:
                         if response.status == 200:
                             return
                 except aiohttp.ClientError:
                     pass
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(_POLL_INTERVAL_S)
+
+    def _raise_if_one_ended(self, error: type[FlowPrefillError], when: str) -> None:
+        for child in self._children:
+            status = child.exit_status
+            if status == WRONG_USE:
+                raise BadInput(f"{child.name} does not take these flags: {child.last_words(1)}")
+            if status is not None:
+                raise error(f"{child.name} {describe_exit(status)} {when}; its log ends with: {child.last_words(1)}")
+
+    async def watch(self) -> None:
+        """Never returns; raises PeerFault when a process ends by itself."""
+        while True:
+            self._raise_if_one_ended(PeerFault, "under load")
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     def _find_schedulers(self) -> None:
         for child in self._children:
             kind, _, name = child.name.partition("-")
-            if kind != "prefill":
-                continue
-            for process in psutil.Process(child.pid).children(recursive=True):
-                if "".join(process.cmdline()).startswith("sglang::scheduler"):
-                    self._workers[name].scheduler_pid = process.pid
-
-    def _pin(self) -> None:
-        """Every thread that exists; those that come later inherit from the one that starts them."""
-        if not hasattr(os, "sched_setaffinity"):
-            return
-        self._own_cores = os.sched_getaffinity(0)
-        first, *others = sorted(self._own_cores)
-        if not others:
-            return
-        schedulers = {worker.scheduler_pid for worker in self._workers.values()}
-        mine = [psutil.Process(child.pid) for child in self._children]
-        everything = [p for process in mine for p in (process, *process.children(recursive=True))]
-        for process in (*everything, psutil.Process()):
-            for thread in process.threads():
-                os.sched_setaffinity(thread.id, {first} if process.pid in schedulers else set(others))
-        self.is_pinned = True
+            if kind == "prefill":
+                self._workers[name].scheduler_pid = placement.scheduler_of(child.pid)
 
     async def _stop(self) -> None:
         for child in self._children:
@@ -249,11 +196,5 @@ class LiveWorkers:
         for child in self._children:
             child.kill()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        if self._own_cores is not None:
-            os.sched_setaffinity(0, self._own_cores)
-
-
-def bench_model(layers: int | None = None) -> tuple[Path, TinyModelShape]:
-    """The deep model, or one with another number of layers, and its shape."""
-    shape = DEEP_SHAPE if layers is None else replace(DEEP_SHAPE, num_hidden_layers=layers)
-    return make_tiny_model(shape=shape), shape
+        if self._placement is not None:
+            self._placement.undo()
