@@ -28,6 +28,7 @@ from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
 from flowprefill_sglang.integration.prefill.grammars import Grammars
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
+from flowprefill_sglang.integration.prefill.reports import Reports
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
 from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
@@ -50,12 +51,6 @@ end of a transfer, only when polled. No decision is taken on it unless the poll 
 
 HOUSEKEEPING_S = 30.0
 """How often an idle worker gets up for SGLang's own idle duties (metrics, leak check)."""
-
-REPORT_EVERY_S = 0.02
-"""How often events are sent to the HTTP process, at most, while short tasks follow one another."""
-
-REPORT_WITHIN_S = 0.2
-"""How long an event waits for that while a long task runs, at most: then the task is stopped for it."""
 
 MAX_REFUSALS = 16
 """Waiting requests that a round tries to start before it settles for what is already begun. Memory that refused
@@ -91,7 +86,7 @@ class PrefillLoop:
         self._core = core
         self._gate = gate
         self._state = state
-        self._reporter = reporter
+        self._reports = Reports(reporter, gate)
         self._journal = Journal(reporter.record)
         self._news = news
         self._memory = memory
@@ -108,7 +103,6 @@ class PrefillLoop:
         self._trigger: Trigger | None = None
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
-        self._reported_at = 0.0
         self._building_s = 0.0  # of this round: SGLang making batches
 
     # ---- turns ------------------------------------------------------------------------------------------------
@@ -147,7 +141,7 @@ class PrefillLoop:
         if self._trigger is not None:
             self._round(self._trigger)
         elif self._core.running is not None:
-            self._report(time.monotonic())
+            self._reports.send_if_due(time.monotonic(), self._core.running)
         if self._core.running is None:
             self._idle()
         else:
@@ -189,7 +183,7 @@ class PrefillLoop:
         if self._news.is_memory_short and not scheduler.disagg_prefill_inflight_queue:
             # Nothing under way will free memory and tell us: look again, in case something else has freed it.
             self._trigger = Trigger.KV_POOL
-        self._reporter.flush()
+        self._reports.send()
         is_polled = scheduler.disagg_prefill_bootstrap_queue.queue or scheduler.disagg_prefill_inflight_queue
         self._wakeup.wait(TRANSPORT_TICK_S if is_polled or self._core.waiting else HOUSEKEEPING_S)
 
@@ -285,24 +279,14 @@ class PrefillLoop:
             promoted=ranking.promoted,
             now=ended_at,
         )
-        self._report(ended_at, has_started=self._core.running is not ran_before)
+        running = self._core.running
+        self._reports.send_if_due(ended_at, running, has_started=running is not ran_before)
 
     def _note_memory(self, *, is_short: bool) -> None:
         news = self._news
         news.is_memory_short = is_short
         if is_short and news.ended_at is not None:
             self._wakeup.now_please()  # it ended when nobody was in need
-
-    def _report(self, now: float, *, has_started: bool = False) -> None:
-        """Send events on, if it is time. It wakes a thread of ZeroMQ, which takes a tenth of a millisecond where that
-        shares a core with this one: as long as a round."""
-        running = self._core.running
-        is_long = running is not None and running.predicted_s > REPORT_EVERY_S
-        if now - self._reported_at > REPORT_EVERY_S or (is_long and has_started):
-            self._reported_at = now
-            self._reporter.flush()
-        elif is_long and self._reporter.has_unsent:
-            self._gate.raise_within(REPORT_WITHIN_S)
 
     def _go_on(self, task: Task, now: float) -> None:
         """Let a task that is under way run, the running one or a suspended one."""
@@ -400,7 +384,7 @@ class PrefillLoop:
                 assert self._core.running is not None
                 self._advance(self._core.running)
         finally:
-            self._reporter.flush()  # there may be no round for long: a paused engine takes none
+            self._reports.send()  # there may be no round for long: a paused engine takes none
 
     def begun_reqs(self) -> list[Req]:
         """Every request that is in a task or half-prefilled."""
