@@ -14,6 +14,7 @@ from flowprefill_sglang.errors import FlowPrefillError
 JSON: Final = (b"content-type", b"application/json")
 HeaderPairs = Sequence[tuple[bytes, bytes]]
 
+_DETAIL_BYTES: Final = 500
 _TYPES: Final = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
 
 
@@ -60,3 +61,9 @@ async def send_whole(send: Send, status: int, headers: HeaderPairs, body: bytes)
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
+
+
+def said(body: bytes) -> str:
+    """What a worker said, for the client's error message."""
+    text = body[:_DETAIL_BYTES].decode("utf-8", "replace").strip()
+    return f": {text}" if text else ""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from starlette.types import Send
 
 from flowprefill_sglang.errors import FlowPrefillError
 from flowprefill_sglang.router.answers import HeaderPairs, error_event, send_error, send_whole
+
+_PASSED_ON: Final = frozenset({b"content-type", b"cache-control", b"retry-after", b"x-request-id"})
+
+
+def passed_on(headers: HeaderPairs) -> HeaderPairs:
+    """Those of a worker's headers that the client gets."""
+    return [pair for pair in headers if pair[0] in _PASSED_ON]
 
 
 class ClientAnswer:

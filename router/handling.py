@@ -17,13 +17,14 @@ from starlette.types import Receive
 from starlette.types import Send as AsgiSend
 
 from flowprefill_sglang.errors import FlowPrefillError, InternalError, PeerFault, TooLate
-from flowprefill_sglang.router.answers import Refusal
+from flowprefill_sglang.router.answers import JSON, Refusal, said
 from flowprefill_sglang.router.attempt import Pair, body_for, dispatch_for
-from flowprefill_sglang.router.client_answer import ClientAnswer
+from flowprefill_sglang.router.client_answer import ClientAnswer, passed_on
 from flowprefill_sglang.router.exchange import Exchange, Side, Step, Steps
+from flowprefill_sglang.router.first_event import EVENT_ENDS, EVENT_STREAM, stream_error
 from flowprefill_sglang.router.http_client import Connection, Headers
 from flowprefill_sglang.router.log import FIELDS
-from flowprefill_sglang.router.merge import LogprobMerger, stream_error_status
+from flowprefill_sglang.router.merge import LogprobMerger
 from flowprefill_sglang.router.objectives import Terms
 from flowprefill_sglang.router.pd_fields import ParsedRequest, rids
 from flowprefill_sglang.router.ttft import FirstToken
@@ -41,8 +42,6 @@ ABORT_GRACE_S: Final = 5.0
 LATE_ANSWER_S: Final = 5.0
 """A prefill side that has not answered so long after the client had its own is told to stop: its decode side may have
 failed inside a stream, and nobody will fetch the KV that it holds."""
-EVENT_STREAM: Final = b"text/event-stream"
-_DETAIL_BYTES: Final = 500
 
 
 class Handling:
@@ -329,13 +328,13 @@ class Handling:
     # ---- callbacks: the prefill side (PrefillSink) -----------------------------------------------------------------
 
     def on_prefill_answer(self, answer: Answer, body: Buffer) -> None:
-        status, content = answer.status, bytes(body)
-        if answer.content_type.startswith("text/event-stream"):
-            status = stream_error_status(content) or status
-        self._prefill_answer = (answer.status, answer.content_type.encode("latin-1", "replace"), content)
+        status, kind, content = answer.status, answer.content_type.encode("latin-1", "replace"), bytes(body)
+        if kind.startswith(EVENT_STREAM) and (error := stream_error(content)):
+            status, kind, content = error.status, JSON[1], error.document
+        self._prefill_answer = (status, kind, content)
         if status < 400:
             self.first_token.prefilled(time.monotonic())
-        self._do(self.exchange.prefill_answered(status, _detail(content)))
+        self._do(self.exchange.prefill_answered(status, said(content)))
         if self.exchange.outcome is None and self._request.merges_logprobs and status < 400:
             try:
                 self._merger = LogprobMerger(content)
@@ -353,22 +352,33 @@ class Handling:
 
     def on_head(self, status: int, headers: Headers) -> None:
         self._status = status
-        self._answer_headers = [pair for pair in headers if pair[0] in _PASSED_HEADERS]
-        self._answer_headers.append(self.terms.answer_header())
+        self._answer_headers = [*passed_on(headers), self.terms.answer_header()]
         self.streams = any(name == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers)
-        if self.streams:
-            self._do(self.exchange.decode_streams())
 
     def on_chunk(self, data: bytes) -> None:
         self._chunks.append(data)
         self._buffered_bytes += len(data)
+        self._look_at_first_event()
         if self.streams:
             if self._buffered_bytes > HIGH_WATER_BYTES and self._connection is not None:
                 self._connection.pause()
             self._wake_up()
 
+    def _look_at_first_event(self) -> None:
+        """Pass a stream on once it has begun; one that begins with an error is a whole answer, with a status."""
+        if not self.streams or self.exchange.answering:
+            return
+        begun = b"".join(self._chunks)
+        error = stream_error(begun)
+        if error is None and (self._ended or EVENT_ENDS in begun):
+            self._do(self.exchange.decode_streams())
+        elif error is not None and self._ended:
+            self._status, self.streams, self._chunks = error.status, False, [error.document]
+            self._answer_headers = [JSON, self.terms.answer_header()]
+
     def on_end(self) -> None:
         self._ended = True
+        self._look_at_first_event()
         needs_prefill = self._request.merges_logprobs and self._status < 400 and self._merger is None
         if not (needs_prefill and self.exchange.prefill is Side.WORKING):
             self._decode_complete()
@@ -385,14 +395,5 @@ class Handling:
             except PeerFault as error:
                 self._bad_answer(error)
                 return
-        detail = _detail(b"".join(self._chunks)) if self._status >= 500 else ""
+        detail = said(b"".join(self._chunks)) if self._status >= 500 else ""
         self._do(self.exchange.decode_answered(self._status, detail))
-
-
-_PASSED_HEADERS: Final = frozenset({b"content-type", b"cache-control", b"retry-after", b"x-request-id"})
-
-
-def _detail(body: bytes) -> str:
-    """What a worker said, for the client's error message."""
-    text = body[:_DETAIL_BYTES].decode("utf-8", "replace").strip()
-    return f": {text}" if text else ""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.router.first_event import first_document
 
 Json = Any  # a decoded JSON document
 
@@ -41,25 +42,6 @@ def prompt_tokens(answer: bytes) -> int:
         facts = meta.meta_info or meta.usage
         total += facts.prompt_tokens if facts is not None else 0
     return total
-
-
-def first_document(answer: bytes) -> bytes:
-    """The JSON document of an answer; of a stream, the one of its first event."""
-    if not answer.startswith(b"data:"):
-        return answer
-    return answer[5 : end if (end := answer.find(b"\n\n")) >= 0 else len(answer)]
-
-
-def stream_error_status(answer: bytes) -> int | None:
-    """SGLang reports a request's error inside a stream's 200 answer; that error's status, None without one."""
-    document = first_document(answer)
-    if not document.lstrip().startswith(b'{"error"'):
-        return None
-    try:
-        error = msgspec.json.decode(document)["error"]
-        return int(error.get("code", 400))
-    except (msgspec.DecodeError, TypeError, ValueError, AttributeError):
-        return 400
 
 
 class LogprobMerger:

@@ -34,6 +34,35 @@ def test_a_prefill_refusal_is_the_answer_and_decode_is_aborted(stream: bool) -> 
     scenario()
 
 
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_an_error_that_a_stream_begins_with_is_a_status(first: str) -> None:
+    """SGLang answers a wrong request with status 200 and an error event when it asks for a stream."""
+    document = b'{"error": {"message": "The input is too long", "code": 400}}'
+    words = b"data: " + document + b"\n\ndata: [DONE]\n\n"
+
+    async def refuse(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(words[:9])
+        await response.write(words[9:])
+        await response.write_eof()
+        return response
+
+    @in_loop
+    async def scenario() -> None:
+        decode = refuse if first == "decode" else never
+        async with bench(prefill=silent, decode=decode) as one:
+            asked = asyncio.create_task(one.generate(stream=True))
+            await until(lambda: one.decode.bodies and one.prefill.bodies)
+            if first == "prefill":
+                await one.prefill.answer(one.prefill.bodies[0]["rid"], 200, words, "text/event-stream")
+            status, answer = await asked
+            assert (status, answer) == (400, json.loads(document))
+            assert one.outcomes() == {"rejected": 1}
+
+    scenario()
+
+
 @in_loop
 async def test_a_failed_prefill_is_a_502_and_decode_is_aborted() -> None:
     async with bench(prefill=silent, decode=never) as one:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flowprefill_sglang.errors import PeerFault
-from flowprefill_sglang.router.merge import LogprobMerger, prompt_tokens, stream_error_status
+from flowprefill_sglang.router.merge import LogprobMerger, prompt_tokens
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -102,10 +102,3 @@ def test_prompt_tokens(name: str, tokens: int) -> None:
 
 def test_prompt_tokens_of_something_else() -> None:
     assert prompt_tokens(b"oops") == prompt_tokens(b"[]") == prompt_tokens(b"{}") == 0
-
-
-def test_errors_inside_a_stream() -> None:
-    error = b'data: {"error":{"message":"max_new_tokens must be at least 0, got -1.","code":400}}\n\ndata: [DONE]\n\n'
-    assert stream_error_status(error) == 400
-    assert stream_error_status(recorded("generate_stream")[0]) is None
-    assert stream_error_status(b'data: {"error": "odd"}\n\n') == 400
