@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": Command(module="demo", help="run a workload under FlowPrefill and under stock SGLang, side by side"),
     "timeline": Command(module="timeline", help="watch a cluster's prefill workers and draw what ran when"),
     "profile": Command(module="profile", help="measure what prefill costs on this hardware and model", passes_on=True),
+    "simulate": Command(module="simulate", help="compare scheduling policies on a virtual clock"),
     "router": Command(module="roles", help="run the router"),
     "prefill": Command(module="roles", help="run a prefill worker", passes_on=True),
     "decode": Command(module="roles", help="run a decode instance, which is stock SGLang", passes_on=True),

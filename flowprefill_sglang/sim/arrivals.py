@@ -17,7 +17,7 @@ from typing import Final
 from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.sim.machine import Machine
 from flowprefill_sglang.workload.generator import generate_workload
-from flowprefill_sglang.workload.trace import TraceRequest
+from flowprefill_sglang.workload.trace import TraceRequest, scale_lengths
 
 Workload = Callable[[], Iterator[TraceRequest]]
 """Each call plays the same requests from the start, in order of arrival, every one with a class."""
@@ -33,8 +33,8 @@ def replayed(requests: Sequence[TraceRequest]) -> Workload:
     return lambda: iter(requests)
 
 
-def generated(requests: int, seed: int) -> Workload:
-    """The generated workload of any length, in blocks."""
+def generated(requests: int, seed: int, length_scale: float = 1.0) -> Workload:
+    """The generated workload of any number of requests, in blocks."""
 
     def stream() -> Iterator[TraceRequest]:
         rng = random.Random(f"flowprefill blocks {seed}")
@@ -42,6 +42,7 @@ def generated(requests: int, seed: int) -> Workload:
         for first in range(0, requests, _BLOCK_REQUESTS):
             size = min(_BLOCK_REQUESTS, requests - first)
             block = generate_workload(requests=size, rate_rps=_GENERATED_RPS, seed=rng.getrandbits(63)).requests
+            block = scale_lengths(block, length_scale)
             yield from (replace(row, arrival_s=start_s + row.arrival_s) for row in block)
             start_s += block[-1].arrival_s + rng.expovariate(_GENERATED_RPS)
 
@@ -62,7 +63,7 @@ class Measure:
     def interval_factor(self, load: float, workers: int) -> float:
         """What intervals between arrivals are multiplied by for a load. Raises BadInput when nothing can be
         stretched."""
-        if self.span_s <= 0:
+        if self.requests < 2 or self.span_s <= 0:
             raise BadInput(f"{self.requests} requests that all arrive at once have no rate to scale")
         # n arrivals stand for n intervals, of which the last one is not in the trace.
         span_s = self.span_s * self.requests / (self.requests - 1)

@@ -48,7 +48,7 @@ def parse(text: str) -> Configuration:
     """The configuration of a name. Raises BadInput with what was expected."""
     policy, at, rest = text.partition("@")
     if policy not in POLICIES:
-        raise BadInput(f"--policy: {text!r}: expected {GRAMMAR} with one of {', '.join(sorted(POLICIES))}")
+        raise BadInput(f"{text!r}: expected {GRAMMAR} with one of {', '.join(sorted(POLICIES))}")
     if not at:
         granularity = Granularity.WHOLE if policy == "fcfs" else Granularity.OPERATOR
         return Configuration(name=text, policy=policy, granularity=granularity)
@@ -56,5 +56,5 @@ def parse(text: str) -> Configuration:
         tokens = int(match[1])
         return Configuration(name=text, policy=policy, granularity=Granularity.WHOLE, chunk_tokens=tokens)
     if rest not in list(Granularity):
-        raise BadInput(f"--policy: {text!r}: expected {GRAMMAR}, with N the tokens of a chunk")
+        raise BadInput(f"{text!r}: expected {GRAMMAR}, with N the tokens of a chunk")
     return Configuration(name=text, policy=policy, granularity=Granularity(rest))

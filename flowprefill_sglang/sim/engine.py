@@ -109,7 +109,7 @@ class _Engine:
         self._schedule(worker)
 
     def run_until(self, now: float) -> None:
-        """Let everything happen that is due before ``now``; what is due at ``now`` waits for arrivals of that instant."""
+        """Let everything happen that is due before ``now``; what is due then waits for arrivals of that instant."""
         heap = self._heap
         while heap and heap[0][0] < now:
             at, number, worker, answered_tokens = heapq.heappop(heap)
@@ -134,6 +134,7 @@ class _Engine:
         answered_at = now + self._machine.handoff_s(last_tokens)
         tokens = request.new_tokens + request.cached_tokens
         heapq.heappush(self._heap, (answered_at, next(self._numbers), worker, tokens))
+        self._tally.last_ended_at = now
         self._tally.classes[request.slo_class].ended(answered_at - request.arrived_at)
         if self._on_ended is not None:
             self._on_ended(request, answered_at)

@@ -50,7 +50,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class GpuFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One GPU, its peers and its way to the decode side. Efficiencies are shares of the peak that are really reached."""
+    """One GPU, its peers and its way to the decode side. Efficiencies are the shares of the peak that are reached."""
 
     name: str
     peak_flops: Positive

@@ -1,9 +1,9 @@
 """SGLang 0.5.23's own prefill scheduler under ``fcfs``: which tokens the next forward computes.
 
 From ``PrefillAdder`` in ``sglang/srt/managers/schedule_policy.py``. Without chunks, requests join in order of arrival
-until one does not fit the token budget; the first goes whatever its length. With chunks, a forward has ``chunk_tokens``;
-the prompt that was cut goes first, those behind it share what is left, and the last of them is cut in turn, so at most
-one prompt is half done at a time.
+until one does not fit the token budget; the first goes whatever its length. With chunks, a forward has
+``chunk_tokens``; the prompt that was cut goes first, those behind it share what is left, and the last of them is cut
+in turn, so at most one prompt is half done at a time.
 """
 
 from __future__ import annotations

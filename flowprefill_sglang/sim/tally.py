@@ -77,6 +77,7 @@ class Tally:
     busy_s: float = 0.0
     """Of all workers together."""
     last_arrival_at: float = 0.0
+    last_ended_at: float = 0.0
     blocking: Durations = field(default_factory=Durations)
     """From an arrival at a busy worker until the worker could decide."""
 
@@ -102,5 +103,5 @@ class Tally:
 
     @property
     def goodput_rps(self) -> float:
-        """Requests in time for each second in which requests arrived."""
+        """Requests in time for each second from the clock's zero to the last arrival."""
         return self.attained / self.last_arrival_at if self.last_arrival_at else 0.0

@@ -24,7 +24,7 @@ from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
-from flowprefill_sglang.sim.boundaries import Granularity, next_boundary_s
+from flowprefill_sglang.sim.boundaries import next_boundary_s
 from flowprefill_sglang.sim.configuration import STOCK_BATCH_TOKENS, Configuration
 from flowprefill_sglang.sim.machine import Machine
 from flowprefill_sglang.sim.stock import StockQueue
@@ -81,15 +81,15 @@ class SimWorker(Protocol):
         """A request is there."""
 
     def wake(self, now: float) -> Sequence[tuple[Request, int]]:
-        """Do what is due at ``wake_at``; returns the requests that are prefilled, with the tokens of the last forward."""
+        """Do what is due at ``wake_at``; returns the requests whose prefill ended, with their last forward's tokens."""
 
 
 def make_worker(settings: WorkerSettings, tally: Tally, seed: int, number: int) -> SimWorker:
     """The kind of worker that the configuration asks for."""
     device = Device(settings, tally, random.Random(f"device {seed} {number}"))
-    return StockWorker(settings, tally, device) if settings.configuration.is_stock else PreemptiveWorker(
-        settings, tally, device
-    )
+    if settings.configuration.is_stock:
+        return StockWorker(settings, tally, device)
+    return PreemptiveWorker(settings, tally, device)
 
 
 class Device:
