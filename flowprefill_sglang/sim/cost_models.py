@@ -1,4 +1,4 @@
-"""Cost models by name or file: a built-in ``MODEL-tpN-GPU``, a file of ``flowprefill profile``, or a roofline's file."""
+"""Cost models by name or file: a built-in ``MODEL-tpN-GPU``, a file of ``flowprefill profile`` or of a roofline."""
 
 from __future__ import annotations
 
