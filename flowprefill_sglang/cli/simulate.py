@@ -142,6 +142,8 @@ def run_simulate(namespace: argparse.Namespace) -> int:
                 status.update(f"load {load:g}: the bound")
                 most = experiment.bound(namespace.policy, interval_factor, namespace.bound_window)
                 bounds.append({"load": load, "attainment": round(most, 6)})
+                if namespace.workers == 1 and size.requests <= namespace.bound_window:
+                    bounds[-1]["surely"] = round(experiment.surely(interval_factor), 6)
     title = f"{size.requests:,} requests of {workload.about['name']} on {namespace.workers} × {machine.name}"
     console.print(table(rows, bounds, title))
     events, wall_s = sum(one["events"] for one in timing), sum(one["wall_s"] for one in timing)

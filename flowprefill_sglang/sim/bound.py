@@ -48,6 +48,16 @@ class Job:
 
 def most_in_time(jobs: Iterable[Job], workers: int = 1) -> float:
     """The linear program's value: no schedule of these jobs has more of them in time."""
+    return _greedy(jobs, workers, is_whole=False)
+
+
+def surely_in_time(jobs: Iterable[Job]) -> int:
+    """How many one preemptive machine that knows the future can have in time for sure: the same greedy, which takes a
+    job only if all of it fits. The best lies between this and ``most_in_time``."""
+    return round(_greedy(jobs, 1, is_whole=True))
+
+
+def _greedy(jobs: Iterable[Job], workers: int, *, is_whole: bool) -> float:
     possible = [job for job in jobs if job.deadline_at - job.released_at >= job.alone_s - _ROUNDING_S]
     if not possible:
         return 0.0
@@ -60,9 +70,9 @@ def most_in_time(jobs: Iterable[Job], workers: int = 1) -> float:
         work_s = possible[index].work_s
         around = room_s[: release_of[index] + 1, deadline_of[index] :]  # every interval that holds the job's window
         given_s = min(work_s, float(around.min()))
-        if given_s > 0.0:
+        if given_s > (work_s - _ROUNDING_S if is_whole else 0.0):
             around -= given_s
-            value += given_s / work_s
+            value += 1.0 if is_whole else given_s / work_s
     return value
 
 
@@ -90,17 +100,23 @@ class Charges:
     def job(self, row: TraceRequest, slo_s: float) -> Job:
         """The job of a request."""
         machine, tokens = self.machine, row.input_tokens
-        alone_s = machine.alone_s(tokens)
-        work_s = alone_s
+        work_s = alone_s = machine.alone_s(tokens)
+        if self.is_chunked:  # where overhead is small and tokens up to the knee are cheap, small chunks are cheaper
+            work_s = alone_s = min(alone_s, self._shared_s(tokens, tokens))
         if self.batch_tokens is not None:
-            token_s = least_token_s(machine.cost, max(self.batch_tokens, tokens))
-            work_s = machine.cost.request_s + token_s * tokens + machine.cost.parts((Extent(tokens),))[2]
+            work_s = self._shared_s(tokens, max(self.batch_tokens, tokens))
         return Job(
             released_at=row.arrival_s,
             deadline_at=row.arrival_s + slo_s - machine.handoff_s(1 if self.is_chunked else tokens),
             work_s=work_s,
             alone_s=alone_s,
         )
+
+    def _shared_s(self, tokens: int, batch_tokens: int) -> float:
+        """The least part of forwards of up to ``batch_tokens`` tokens that so many of one request can have."""
+        cost = self.machine.cost
+        pairs_s = cost.parts((Extent(tokens),))[2]
+        return cost.request_s + least_token_s(cost, batch_tokens) * tokens + pairs_s
 
 
 def bound(

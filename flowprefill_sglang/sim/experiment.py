@@ -9,7 +9,7 @@ from typing import Any
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.sim.arrivals import Measure, Workload, at_load, measure, windows
-from flowprefill_sglang.sim.bound import Charges, bound
+from flowprefill_sglang.sim.bound import Charges, bound, surely_in_time
 from flowprefill_sglang.sim.configuration import STOCK_BATCH_TOKENS, Configuration
 from flowprefill_sglang.sim.engine import ClusterSettings, run
 from flowprefill_sglang.sim.machine import Machine
@@ -66,6 +66,12 @@ class Experiment:
         )
         parts = windows(at_load(self.workload, interval_factor), window)
         return bound(parts, self.objectives_s, charges, self.workers)
+
+    def surely(self, interval_factor: float) -> float:
+        """What one worker that knows the future attains for sure, without batches. The workload is one window."""
+        charges = Charges(machine=self.machine, batch_tokens=None)
+        rows = list(at_load(self.workload, interval_factor))
+        return surely_in_time(charges.job(row, self.objectives_s[row.class_name]) for row in rows) / len(rows)
 
     def batch_tokens(self, configurations: Sequence[Configuration]) -> int | None:
         """The most tokens of a forward of several requests under any of them; None when none batches."""

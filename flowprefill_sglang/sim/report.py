@@ -20,12 +20,15 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Sequence[Mapp
         column.justify = "right"
     shown.columns[1].justify = "left"
     most = {one["load"]: one["attainment"] for one in bounds}
+    surely = {one["load"]: one["surely"] for one in bounds if "surely" in one}
     for load in dict.fromkeys(row["load"] for runs in rows.values() for row in runs):
         for name, runs in rows.items():
             for row in (one for one in runs if one["load"] == load):
                 shown.add_row(*_cells(name, row, most.get(load), bool(bounds), classes))
         if load in most:
             shown.add_row(f"{load:g}", "(bound)", f"{most[load]:.1%}", style="dim")
+        if load in surely:
+            shown.add_row(f"{load:g}", "(knowing the future)", f"{surely[load]:.1%}", style="dim")
         shown.add_section()
     return shown
 

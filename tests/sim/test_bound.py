@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent
-from flowprefill_sglang.sim.bound import Charges, Job, bound, least_token_s, most_in_time
+from flowprefill_sglang.sim.bound import Charges, Job, bound, least_token_s, most_in_time, surely_in_time
 from flowprefill_sglang.sim.configuration import parse
 from flowprefill_sglang.sim.experiment import Experiment
 from flowprefill_sglang.sim.machine import LLAMA_LIKE, Machine
@@ -84,6 +84,7 @@ def test_it_is_the_linear_programs_value(some: list[Job], workers: int) -> None:
 @given(st.lists(jobs, max_size=8))
 def test_no_schedule_of_one_machine_beats_it(some: list[Job]) -> None:
     most = most_by_brute_force(some)
+    assert surely_in_time(some) <= most
     assert most - 1e-9 <= most_in_time(some) <= len(some)
 
 
@@ -92,6 +93,7 @@ def test_two_that_exclude_each_other_count_as_what_fits() -> None:
     second = Job(released_at=0.0, deadline_at=1.0, work_s=1.0, alone_s=1.0)
     assert most_in_time([first, second]) == 1.25
     assert most_in_time([first, second], workers=2) == 2.0
+    assert surely_in_time([first, second]) == 1
 
 
 def test_a_job_longer_than_its_window_counts_nothing() -> None:
