@@ -93,6 +93,13 @@ def test_two_requests_at_each_granularity(name: str, ended: list[tuple[str, floa
     assert serve(name, TWO)[1] == ended
 
 
+def test_rounds_happen_at_events_only() -> None:
+    """Start, boundary, end of the second, end of the first; not at 8 s, when the first would have ended undisturbed."""
+    tally, _ = serve("sedf", TWO)
+    assert tally.rounds == 4
+    assert tally.events == 2 + 4 + 2, "arrivals, wake-ups, answers"
+
+
 def test_operators_are_finer_than_layers() -> None:
     rows = [row(0.0, 800, "file"), row(0.5, 100)]  # operators begin at 1 s, the second layer at 4 s
     assert serve("sedf", rows)[1][0] == ("1", 2.0)
