@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -155,6 +156,7 @@ def run_simulate(namespace: argparse.Namespace) -> int:
             "workload": workload.about | asdict(size),
             "settings": _settings(namespace, experiment),
             "timing": timing,
+            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # Linux counts in KiB
         }
         _write_json(namespace.json, document | provenance(["flowprefill", *sys.argv[1:]], started))
     return 0
