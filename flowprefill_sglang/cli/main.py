@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "timeline": Command(module="timeline", help="watch a cluster's prefill workers and draw what ran when"),
     "profile": Command(module="profile", help="measure what prefill costs on this hardware and model", passes_on=True),
+    "simulate": Command(module="simulate", help="compare scheduling policies on a virtual clock"),
     "router": Command(module="roles", help="run the router"),
     "prefill": Command(module="roles", help="run a prefill worker", passes_on=True),
     "decode": Command(module="roles", help="run a decode instance, which is stock SGLang", passes_on=True),

@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "router": WIRE | {"observe"},
     "prefill_worker": WIRE | {"observe", "kernels"},
     "kv": WIRE | {"observe", "kernels"},
-    # Tools that drive the system from outside.
-    "sim": BASE | {"workload", "observe"},
+    # Roles on a virtual clock: the simulator runs the worker's state machine and the router's policies unchanged.
+    "sim": BASE | {"workload", "router", "prefill_worker"},
+    # A tool that drives the system from outside.
     "bench": BASE | {"workload", "observe"},
     # What puts roles together.
     "integration": WIRE | {"observe", "kernels", "kv", "prefill_worker"},
