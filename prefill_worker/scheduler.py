@@ -199,6 +199,7 @@ class PrefillScheduler:
                 arrived_at=min(request.arrived_at for request in requests),
                 deadline_at=min(request.deadline_at for request in requests),
                 remaining_s=predicted_s + rest_s,
+                promises=len(requests),
                 priority=max(request.priority for request in requests),
                 is_promoted=any(request.candidate.is_promoted for request in requests),
             ),

@@ -31,6 +31,8 @@ from flowprefill_sglang.sim.report import table
 
 DEFAULT_POLICIES = "feasible,sedf,fcfs,fcfs@chunk2048"
 DEFAULT_SWITCH_US = 100.0
+WIDTH = 140
+"""Columns of the table where nobody says how wide the output is."""
 """A round of the scheduler and the switch; both were measured in tens of microseconds on a CPU."""
 
 
@@ -124,7 +126,7 @@ def run_simulate(namespace: argparse.Namespace) -> int:
         error=namespace.prediction_error,
         seed=namespace.seed,
     )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)  # a file has no width, and Rich would take 80
     with console.status("measuring the workload") as status:
         size = experiment.measure()
         rows: dict[str, list[dict[str, Any]]] = {one.name: [] for one in namespace.policy}

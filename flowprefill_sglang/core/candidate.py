@@ -31,6 +31,8 @@ class Candidate:
     """When its first token is due; of a task, the earliest of its requests. May be infinite."""
     remaining_s: float
     """Predicted time on the device until its first token, for all of its remaining chunks."""
+    promises: int = 1
+    """Requests that it stands for: 1, or of a task all that its batch has."""
     priority: int = 0
     """The client's; higher first among equals."""
     standing: Standing = Standing.WAITING

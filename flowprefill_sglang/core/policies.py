@@ -6,7 +6,7 @@ costs microseconds, so no policy charges for a switch. A started task is not giv
 it has computed, and its memory, until ``core.aging`` makes it go on.
 
 A task of several requests is one candidate with the earliest of their deadlines. That is an approximation: its other
-requests may have more time, and count once together with the first.
+requests may have more time.
 
 None of these policies bounds a request's waiting time; ``core.aging`` does, around any of them.
 """
@@ -106,9 +106,10 @@ def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Can
 
     Moore and Hodgson's algorithm (J. M. Moore, Management Science 15(1), 1968) on the remaining times: add candidates
     in deadline order; whenever one would be late, drop the longest so far. O(n log n). All are available now, so
-    preemption cannot make the set larger. Of equally long ones a waiting one is dropped before a started one, which
-    holds memory, then the earlier deadline, since a later one leaves more room for arrivals to come, then the lower
-    priority and the later arrival.
+    preemption cannot make the set larger. A task of several requests is as long as it is for each of them: to give it
+    up is to give up all. With such tasks the set is a good one and not always the largest, which is a knapsack problem.
+    Of equally long ones a waiting one is dropped before a started one, which holds memory, then the earlier
+    deadline, since a later one leaves more room for arrivals to come, then the lower priority and the later arrival.
     """
     finish_at = now
     kept: list[tuple[float, bool, float, int]] = []  # a heap: first the one to drop first; ends with the negated index
@@ -116,14 +117,15 @@ def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Can
     for index, candidate in enumerate(candidates):
         remaining_s, deadline_at = candidate.remaining_s, candidate.deadline_at
         is_too_much = finish_at + remaining_s > deadline_at
-        if is_too_much and (not kept or -remaining_s < kept[0][0]):
+        each_s = remaining_s / candidate.promises
+        if is_too_much and (not kept or -each_s < kept[0][0]):
             dropped.append(index)  # the longest itself: with many late that is the rule, and spares the heap
             continue
-        entry = (-remaining_s, candidate.standing is not _WAITING, deadline_at, -index)
+        entry = (-each_s, candidate.standing is not _WAITING, deadline_at, -index)
         finish_at += remaining_s
         if is_too_much:
             longest = heapq.heappushpop(kept, entry)
-            finish_at += longest[0]
+            finish_at -= candidates[-longest[-1]].remaining_s
             dropped.append(-longest[-1])
         else:
             heapq.heappush(kept, entry)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 
 def table(rows: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Sequence[Mapping[str, float]], title: str) -> Table:
     """One line for each policy and load. ``rows``: by policy, as ``result_row`` makes them; ``bounds``: by load."""
-    shown = Table("load", "policy", "attainment", title=title)
+    shown = Table("load", "policy", "attainment", title=title, box=box.SIMPLE, pad_edge=False)
     if bounds:
         shown.add_column("of the bound")
     classes = list(dict.fromkeys(name for runs in rows.values() for row in runs for name in row["classes"]))
@@ -18,7 +19,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Sequence[Mapp
         shown.add_column(column)
     for column in shown.columns:
         column.justify = "right"
-    shown.columns[1].justify = "left"
+    shown.columns[1].justify, shown.columns[1].no_wrap = "left", True
     most = {one["load"]: one["attainment"] for one in bounds}
     surely = {one["load"]: one["surely"] for one in bounds if "surely" in one}
     for load in dict.fromkeys(row["load"] for runs in rows.values() for row in runs):

@@ -72,7 +72,9 @@ def outcome() -> tuple[Suite, dict[str, StreamingServer]]:
         "fcfs": StreamingServer(seconds_per_token=0.002),
         "priority": StreamingServer(seconds_per_token=0.002),
     }
-    suite, _ = asyncio.run(measured(stand_ins))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowprefill_sglang.bench.offer.LATE_MS", 10_000.0)  # the machine of a test may be busy
+        suite, _ = asyncio.run(measured(stand_ins))
     return suite, stand_ins
 
 

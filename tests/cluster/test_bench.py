@@ -25,6 +25,15 @@ def flowprefill(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def bench_in_time(*words: object) -> subprocess.CompletedProcess[str]:
+    """Until the client was not late: it refuses then, and a machine that runs tests is busy."""
+    for _ in range(10):
+        done = flowprefill("bench", *words)
+        if "fell behind" not in done.stderr:
+            break
+    return done
+
+
 @pytest.mark.parametrize("endpoint", ["generate", "completions", "chat"])
 def test_bench_and_compare(cluster: Cluster, tmp_path: Path, endpoint: str) -> None:
     trace = tmp_path / "qwen.jsonl"
@@ -32,7 +41,7 @@ def test_bench_and_compare(cluster: Cluster, tmp_path: Path, endpoint: str) -> N
     load = ("--trace", trace, "--format", "qwen", "--endpoint", endpoint, "--slo", "text=4000", "--slo", "file=8000")
     results = [tmp_path / "a.json", tmp_path / "b.json"]
     for path in results:
-        done = flowprefill("bench", "--url", cluster.url, *load, "--json", path)
+        done = bench_in_time("--url", cluster.url, *load, "--json", path)
         assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(results[0].read_text())
     assert (document["requests"], document["succeeded"], document["client_late"]) == (12, 12, False)

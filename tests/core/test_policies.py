@@ -231,6 +231,18 @@ class TestFeasible:
         candidates = queue(waiting(0, inf, 1.0), waiting(1, inf, 9.0), waiting(2, 0.0, 2.0), waiting(3, 50.0, 30.0))
         assert keys(feasible(candidates, 0.0)) == [3, 0, 2, 1]
 
+    def test_a_task_of_several_is_given_up_after_a_shorter_one_that_is_longer_for_each(self) -> None:
+        batch = waiting(0, 10, 6, promises=3)
+        single = waiting(1, 10, 5)
+        assert keys(feasible(queue(batch, single), 0)) == [0, 1]
+        assert keys(feasible(queue(waiting(0, 10, 6), single), 0)) == [1, 0]
+
+    def test_what_is_given_up_makes_room_for_all_that_it_took(self) -> None:
+        """A task's whole time, not its time for each request."""
+        batch = waiting(0, 12, 10, promises=2)  # 5 for each: the longest
+        on_time, dropped = split_on_time(queue(batch, waiting(1, 13, 4), waiting(2, 14, 4)), 0)
+        assert (keys(on_time), keys(dropped)) == ([1, 2], [0])
+
     def test_of_equally_long_ones_a_started_one_is_kept(self) -> None:
         started = waiting(0, 1.0, 1.0, standing=Standing.SUSPENDED)
         assert keys(feasible(queue(started, waiting(1, 1.5, 1.0)), 0.0)) == [0, 1]

@@ -110,6 +110,7 @@ def _start(
         arrived_at=min(member.arrived_at for member in members),
         deadline_at=min(member.deadline_at for member in members),
         remaining_s=seconds,
+        promises=len(members),
         is_promoted=any(member.is_promoted for member in members),
     )
     tasks[task.key] = [member.key for member in members]
