@@ -93,8 +93,6 @@ def main() -> int:
     cost_file = Path(tempfile.mkdtemp(prefix="flowprefill-validation-")) / "cost.json"
     profile(model, cost_file, seconds=10 if options.quick else 60)
     measured = asyncio.run(measure(options, model, cost_file, shape.num_hidden_layers))
-    for row in measured["rows"]:
-        print(row)
     if options.json:
         write_result(options.json, seed=options.seed, measured={"model": asdict(shape)} | measured)
     return 0
