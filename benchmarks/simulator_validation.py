@@ -1,8 +1,9 @@
 """Whether the simulator says what a real cluster on this machine does: same trace, same policy, three loads.
 
 First the machine is measured, and nothing of the loads that are compared: ``flowprefill profile`` on the core that the
-worker will compute on; what lies between two forward passes, from a burst on the live worker; and what lies between a
-client and the worker, from single requests. Then each load is played to the live cluster and simulated, FlowPrefill
+worker will compute on; what a request costs that core beside its forward pass (messages, batches, results, the handoff
+of its KV), from bursts of two lengths on the live worker; and what lies between a client and the worker, from single
+requests. Then each load is played to the live cluster and simulated, FlowPrefill
 and stock ``fcfs`` side by side, and attainment and mean time to first token are compared.
 
     python benchmarks/simulator_validation.py --json result.json
@@ -16,15 +17,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from msgspec.structs import replace as replace_struct
 from results_file import write_result
 
 from flowprefill_sglang.bench.client import RequestRecord, replay
@@ -35,7 +37,7 @@ from flowprefill_sglang.bench.probe import measure_isolated_ttft
 from flowprefill_sglang.cluster.configurations import STOCK_UNCHUNKED, flowprefill
 from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
 from flowprefill_sglang.core.cost_file import load as load_cost
-from flowprefill_sglang.core.prefill_cost import CostModel
+from flowprefill_sglang.core.prefill_cost import CostModel, Extent
 from flowprefill_sglang.observe.events import TaskFinished, TaskStarted
 from flowprefill_sglang.sim.arrivals import replayed
 from flowprefill_sglang.sim.configuration import parse
@@ -50,7 +52,26 @@ TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "azure_llm_c
 SIMULATED = {"flowprefill": "feasible", STOCK_UNCHUNKED.name: "fcfs"}
 """Live configuration, and its name in the simulator."""
 ENDPOINT = ENDPOINTS["generate"]
-BURST = 24
+BURSTS = {250: 48, 2_000: 16}
+"""Lengths of the prompts of two bursts, and how many of them."""
+BURST_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What a request costs a worker beside its forward pass, while others wait."""
+
+    request_s: float
+    token_s: float
+
+    def added_to(self, cost: CostModel) -> CostModel:
+        """The cost of everything."""
+        return replace_struct(
+            cost,
+            request_s=cost.request_s + self.request_s,
+            short_token_s=cost.short_token_s + self.token_s,
+            long_token_s=cost.long_token_s + self.token_s,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +79,14 @@ class Measured:
     """This machine, for the simulator."""
 
     cost: CostModel
-    between_forwards_s: float
+    """Of everything."""
+    beside: Beside
     way_s: float
-    """Of a single request: all of its TTFT but the forward and what follows one."""
+    """Of a single request: all of its TTFT but that."""
 
     def machine(self, layers: int) -> Machine:
         """A prefill worker of it."""
-        cost = replace_base(self.cost, self.cost.base_s + self.between_forwards_s)
-        return Machine(name="this one", cost=cost, layers=layers, operators=LLAMA_LIKE, handoff_base_s=self.way_s)
-
-
-def replace_base(cost: CostModel, base_s: float) -> CostModel:
-    """The cost model with another constant."""
-    return CostModel(**{name: getattr(cost, name) for name in cost.__struct_fields__} | {"base_s": base_s})
+        return Machine(name="this one", cost=self.cost, layers=layers, operators=LLAMA_LIKE, handoff_base_s=self.way_s)
 
 
 def main() -> int:
@@ -109,11 +125,10 @@ def profile(model: Path, output: Path, *, seconds: float) -> None:
 async def measure(options: argparse.Namespace, model: Path, cost_file: Path, layers: int) -> dict[str, Any]:
     """A row for each configuration, load and repeat, and the machine as it was measured."""
     trace = load_trace(options.trace, "azure")
-    rows = assign_classes(cap_outputs(trace.requests, 1))
-    rows = [row for row in rows if row.input_tokens <= 12_000]
+    rows = [row for row in assign_classes(cap_outputs(trace.requests, 1)) if row.input_tokens <= 12_000]
     first = len(rows) // 3
-    window = scale_lengths(rows[first : first + options.requests], 0.5)
-    window = [replace(row, arrival_s=row.arrival_s - window[0].arrival_s) for row in window]
+    scaled = scale_lengths(rows[first : first + options.requests], 0.5)
+    window = [replace(row, arrival_s=row.arrival_s - scaled[0].arrival_s) for row in scaled]
     found: list[dict[str, Any]] = []
     configurations = [flowprefill("feasible", "--cost-file", str(cost_file)), STOCK_UNCHUNKED]
     async with LiveWorkers(model, configurations) as live:
@@ -155,7 +170,8 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
         "trace": {"file": trace.name, "sha256": trace.sha256, "first_row": first, "length_scale": 0.5},
         "pinned": is_pinned,
         "machine": {
-            "between_forwards_ms": round(1_000 * machine_facts.between_forwards_s, 3),
+            "beside_request_ms": round(1_000 * machine_facts.beside.request_s, 3),
+            "beside_token_us": round(1e6 * machine_facts.beside.token_s, 3),
             "way_ms": round(1_000 * machine_facts.way_s, 3),
             "cost": {name: getattr(machine_facts.cost, name) for name in machine_facts.cost.__struct_fields__},
         },
@@ -173,15 +189,30 @@ async def calibrate(
         worker.url, medians, endpoint=ENDPOINT, model="", prompts="bytes", seed=1, repeats=7
     )
     objectives = scaled_objectives(medians, isolated, 0.5)
-    burst = [TraceRequest(arrival_s=0, input_tokens=1_500, output_tokens=1, class_name="file") for _ in range(BURST)]
-    await send(worker, burst, unscaled_objectives(100), seed=2)
-    events = (await worker.timeline(120)).events
-    marks = [e for e in events if isinstance(e, TaskStarted | TaskFinished)][-2 * BURST :]
-    gaps_s = [b.at - a.at for a, b in pairwise(marks) if isinstance(a, TaskFinished) and isinstance(b, TaskStarted)]
-    between_s = median(gaps_s)
-    machine = Measured(cost=cost, between_forwards_s=between_s, way_s=0.0).machine(layers=1)
-    way_s = fmean(median(isolated[name]) - machine.alone_s(tokens) for name, tokens in medians.items())
-    return objectives, Measured(cost=cost, between_forwards_s=between_s, way_s=max(0.0, way_s))
+    beside = await measure_beside(worker, cost)
+    whole = beside.added_to(cost)
+    way_s = fmean(median(isolated[name]) - whole.seconds((Extent(tokens),)) for name, tokens in medians.items())
+    return objectives, Measured(cost=whole, beside=beside, way_s=max(0.0, way_s))
+
+
+async def measure_beside(worker: LiveWorker, cost: CostModel) -> Beside:
+    """Two bursts: how much longer each request of them takes than its part of a forward pass."""
+    more_s: dict[int, list[float]] = {tokens: [] for tokens in BURSTS}
+    for seed in range(BURST_REPEATS):
+        for tokens, count in BURSTS.items():
+            burst = [
+                TraceRequest(arrival_s=0, input_tokens=tokens, output_tokens=1, class_name="file") for _ in range(count)
+            ]
+            began_at = time.monotonic()
+            await send(worker, burst, unscaled_objectives(100), seed=1_000 + seed)
+            events = (await worker.timeline(time.monotonic() - began_at + 0.1)).events
+            started = [event for event in events if isinstance(event, TaskStarted) and event.at >= began_at]
+            ended = [event for event in events if isinstance(event, TaskFinished) and event.at >= began_at]
+            forwards_s = sum(cost.seconds([Extent(tokens)] * len(event.rids)) for event in ended)
+            more_s[tokens].append((ended[-1].at - started[0].at - forwards_s) / count)
+    (short, less_s), (long, most_s) = ((tokens, median(values)) for tokens, values in more_s.items())
+    token_s = max(0.0, (most_s - less_s) / (long - short))
+    return Beside(request_s=max(0.0, less_s - short * token_s), token_s=token_s)
 
 
 async def play(

@@ -90,7 +90,8 @@ def test_frontend_language(cluster: Cluster) -> None:
     streamed = program.run(name="Ada", stream=True)
     text = "".join(streamed.text_iter(var_name="greeting"))
     assert text == result["greeting"]
-    assert streamed["answer"] == result["answer"]  # until then the program runs, and the cache is in use
+    assert result["answer"] in "".join(streamed.text_iter())  # to the program's end: until then the cache is in use
+    assert streamed["answer"] == result["answer"]
     wait_until(lambda: is_flushed(backend), timeout_s=30)
 
 
