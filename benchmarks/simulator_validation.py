@@ -143,7 +143,7 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
         )
         for repeat in range(options.repeats):
             for load in map(float, options.loads.split(",")):
-                interval_factor = experiment.measure().work_s / (load * window[-1].arrival_s)
+                interval_factor = experiment.measure().interval_factor(load, 1)
                 for name in SIMULATED:
                     played = await play(live[name], window, interval_factor, objectives, options.seed + repeat)
                     tally = experiment.simulate(parse(SIMULATED[name]), interval_factor)

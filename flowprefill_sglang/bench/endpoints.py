@@ -73,17 +73,8 @@ def _completions_body(rid: str, prompt: str | list[int], output_tokens: int, mod
 
 
 def _read_completions(event: dict[str, Any]) -> StreamEvent:
-    choices = event.get("choices")
-    choice: dict[str, Any] = choices[0] if choices else {}
-    reason = choice.get("finish_reason")
-    text = choice.get("text") or ""
-    return StreamEvent(
-        text=text,
-        has_token=bool(text),
-        output_tokens=(event.get("usage") or {}).get("completion_tokens"),
-        finish_reason=reason,
-        error="aborted" if reason == "abort" else _error_of(event),
-    )
+    choice = _first_choice(event)
+    return _openai_event(event, choice, choice.get("text") or "")
 
 
 def _chat_body(rid: str, prompt: str | list[int], output_tokens: int, model: str) -> dict[str, Any]:
@@ -93,11 +84,18 @@ def _chat_body(rid: str, prompt: str | list[int], output_tokens: int, model: str
 
 
 def _read_chat(event: dict[str, Any]) -> StreamEvent:
-    choices = event.get("choices")
-    choice: dict[str, Any] = choices[0] if choices else {}
+    choice = _first_choice(event)
     delta = choice.get("delta") or {}
+    return _openai_event(event, choice, (delta.get("reasoning_content") or "") + (delta.get("content") or ""))
+
+
+def _first_choice(event: dict[str, Any]) -> dict[str, Any]:
+    choices: list[dict[str, Any]] = event.get("choices") or [{}]
+    return choices[0]
+
+
+def _openai_event(event: dict[str, Any], choice: dict[str, Any], text: str) -> StreamEvent:
     reason = choice.get("finish_reason")
-    text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
     return StreamEvent(
         text=text,
         has_token=bool(text),

@@ -8,6 +8,7 @@ import pytest
 from flowprefill_sglang.integration.prefill import reports
 from flowprefill_sglang.integration.prefill.reports import Reports
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_testing.gates import Clock, stops
 
 SHORT: Any = SimpleNamespace(predicted_s=reports.EVERY_S / 2)
 LONG: Any = SimpleNamespace(predicted_s=reports.EVERY_S * 100)
@@ -24,13 +25,13 @@ class Reporter:
 
 
 @pytest.fixture
-def now() -> list[float]:
-    return [100.0]
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def gate(now: list[float]) -> Gate:
-    return Gate(lambda: now[0])
+def gate(clock: Clock) -> Gate:
+    return Gate(clock)
 
 
 @pytest.fixture
@@ -47,14 +48,6 @@ def sending(reporter: Any, gate: Gate) -> Reports:
     return sending
 
 
-def stops(gate: Gate) -> bool:
-    asked: list[bool] = []
-    gate.open(lambda: asked.append(True))
-    gate.cross()
-    gate.close()
-    return bool(asked)
-
-
 def test_events_of_short_tasks_travel_together(sending: Reports, reporter: Reporter) -> None:
     sending.send_if_due(100.001, SHORT, has_started=True)
     assert reporter.sent == 1
@@ -68,19 +61,19 @@ def test_a_long_task_is_reported_before_it_runs(sending: Reports, reporter: Repo
 
 
 def test_a_long_task_stops_for_what_happened_since(
-    sending: Reports, reporter: Reporter, gate: Gate, now: list[float]
+    sending: Reports, reporter: Reporter, gate: Gate, clock: Clock
 ) -> None:
     sending.send_if_due(100.001, LONG)
     assert reporter.sent == 1
     assert not stops(gate)
-    now[0] += 2 * reports.WITHIN_S
+    clock.now += 2 * reports.WITHIN_S
     assert stops(gate)
 
 
 def test_it_does_not_stop_where_nothing_is_unsent(
-    sending: Reports, reporter: Reporter, gate: Gate, now: list[float]
+    sending: Reports, reporter: Reporter, gate: Gate, clock: Clock
 ) -> None:
     reporter.has_unsent = False
     sending.send_if_due(100.001, LONG)
-    now[0] += 2 * reports.WITHIN_S
+    clock.now += 2 * reports.WITHIN_S
     assert not stops(gate)

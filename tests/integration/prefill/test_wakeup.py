@@ -11,16 +11,10 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from flowprefill_sglang.integration.prefill import wakeup
 from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_testing.gates import Clock, stops
 
 LONG_S = 20.0
 """A sleep that only a wake-up ends before the test's own patience does."""
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -105,15 +99,6 @@ def events(bed: Wakeup) -> News:
     events = News()
     events.listen(bed)
     return events
-
-
-def stops(gate: Gate) -> bool:
-    """Whether a running task would be stopped at its next boundary."""
-    asked: list[bool] = []
-    gate.open(lambda: asked.append(True))
-    gate.cross()
-    gate.close()
-    return bool(asked)
 
 
 def test_a_request_stops_the_running_task_once_its_message_and_its_decode_instance_are_there(
