@@ -54,7 +54,9 @@ def add_version_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_version(namespace: argparse.Namespace) -> int:
     """Print what a bug report needs."""
-    print(f"flowprefill-sglang {__version__} (wire protocol {SPOKEN})")
+    from flowprefill_sglang.kv import messages as kv_messages
+
+    print(f"flowprefill-sglang {__version__} (wire protocol {SPOKEN}, KV handoff {kv_messages.SPOKEN})")
     for name in ("sglang", "torch", "pyzmq", "msgspec", "mooncake-transfer-engine-non-cuda"):
         try:
             print(f"{name} {importlib.metadata.version(name)}")

@@ -143,6 +143,8 @@ def _explained(document: YamlDocument, error: msgspec.ValidationError) -> BadInp
     if len(where) == 1:
         return document.wrong(where, f"a mapping with any of {', '.join(fields_of(str(where[0])))}")
     field = fields_of(str(where[0]))[str(where[1])]
+    if field.name == "api_key":  # not repeated: errors end up in logs
+        return BadInput(f"{document.at(where)}: expected {field.kind.expected}; quote a key of digits alone")
     return document.wrong(where[:2], field.kind.expected + _hint(document.shown(where[:2]), field))
 
 

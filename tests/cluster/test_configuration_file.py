@@ -117,6 +117,7 @@ WRONG = [
     ("router:\n  disable_retries: 'yes'\n", "2: router.disable_retries: expected true or false, not 'yes'"),
     ("router:\n  prefill_policy: fastest\n", "2: .*expected one of least_work, round_robin, not fastest"),
     ("router:\n  host:\n", "2: router.host: expected text, not nothing"),
+    ("router:\n  api_key: 1234\n", "2: router.api_key: expected text, or null; quote a key of digits alone$"),
     ("router: 5\n", "1: router: expected a mapping with any of host, port, .*, not 5"),
     ("[1, 2]\n", " expected sections .model, router, .*, not a list"),
     ("router:\n  port: 1\n  host: x\n  port: 2\n", "4: router.port comes twice, first in line 2"),
