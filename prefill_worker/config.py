@@ -25,6 +25,9 @@ class WorkerConfig:
     hello_retry_s: float = 1.0
     """Pause between greetings while no router answers. A second: routers start slower than that, and a greeting is a
     hundred bytes."""
+    refused_retry_s: float = 30.0
+    """Pause between greetings of a router that refused this worker for its version. Half a minute: until somebody has
+    upgraded it nothing changes, and after that the worker should not be missed for long."""
     leave_after_s: float = 30.0
     """Longest wait for requests in flight once the worker drains, asked by the router or by SIGTERM. Then they are
     aborted, and the router tries them elsewhere. Thirty seconds are what orchestrators give a process by default."""

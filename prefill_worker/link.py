@@ -17,7 +17,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.progress import ProgressReader
@@ -92,7 +91,7 @@ class _Running:
 
 
 class Link:
-    """Serves one router until drained, refused or cancelled.
+    """Serves one router until drained or cancelled.
 
     ``feed``: events of the engine's scheduler, where it reports any. ``clock``: this host's ``CLOCK_MONOTONIC``, which
     the engine's other processes read too.
@@ -115,16 +114,17 @@ class Link:
         self._progress = ProgressReader()
 
     async def run(self) -> None:
-        """Greet the router and serve it until the link is over: drained, or the engine is stopping.
+        """Greet the router and serve it until the link is over: drained, or the engine is stopping. A router that
+        refuses this worker for its version is greeted on, slowly.
 
-        Raises PeerFault when the router refuses this worker, which greeting it again would not change, and whatever
-        ``Engine.hello`` raises.
+        Raises whatever ``Engine.hello`` raises.
         """
         loop = asyncio.get_running_loop()
         hello = await self._engine.hello(self._config)
         self._session = Session(
             hello,
             hello_retry_s=self._config.hello_retry_s,
+            refused_retry_s=self._config.refused_retry_s,
             leave_after_s=self._config.leave_after_s,
             now=loop.time(),
         )
@@ -140,8 +140,6 @@ class Link:
             for task in self._tasks:
                 task.cancel()
             self._context.destroy(linger=_GOODBYE_LINGER_MS)
-        if self._session.refusal:
-            raise PeerFault(f"the router at {self._config.router} refused this worker: {self._session.refusal}")
 
     async def _serve(self, clock: Callable[[], float]) -> None:
         session = self._session

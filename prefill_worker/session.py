@@ -3,12 +3,15 @@
 ::
 
     GREETING ──Welcome──▶ JOINED ──Drain / own shutdown──▶ DRAINING ──nothing in flight──▶ LEFT
-       ▲  │                  │                                 │
-       │  └──Refused──▶ REFUSED                                │
-       └──── router silent, or HelloAgain: requests in flight are dropped ◀──┘
+     ▲    │                ▲  │                               │
+     │ Refused             │  │                               │
+     │    ▼                │  │                               │
+     │ REFUSED ──Welcome───┘  │                               │
+     └── router silent, or HelloAgain: requests in flight are dropped
 
-``REFUSED`` and ``LEFT`` are final. A router that forgot this worker has no client waiting for its answers, so what is
-in flight for it is aborted: the KV it holds is worth more than an answer that nobody reads.
+``LEFT`` is final. A router that refused this worker for its version may be upgraded, or replaced at its address, so
+``REFUSED`` is not. A router that forgot this worker has no client waiting for its answers, so what is in flight for it
+is aborted: the KV it holds is worth more than an answer that nobody reads.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from flowprefill_sglang.wire.messages import (
     ToWorker,
     Welcome,
 )
+from flowprefill_sglang.wire.versions import Side, stated, why_not
 
 UNANSWERED_LOG_INTERVAL_S = 30.0
 """How often a worker that no router answers says so: a wrong address looks like a router that is not up yet."""
@@ -58,9 +62,11 @@ _NEXT: dict[State, frozenset[State]] = {
     State.GREETING: frozenset({State.JOINED, State.REFUSED, State.LEFT}),
     State.JOINED: frozenset({State.GREETING, State.DRAINING, State.LEFT}),
     State.DRAINING: frozenset({State.GREETING, State.LEFT}),
-    State.REFUSED: frozenset(),
+    State.REFUSED: frozenset({State.JOINED, State.LEFT}),
     State.LEFT: frozenset(),
 }
+
+_UNWELCOMED = (State.GREETING, State.REFUSED)
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,19 @@ class Session:
     ``now`` is a monotonic clock in seconds. ``next_tick_at`` says when ``tick`` wants to be called at the latest.
     """
 
-    def __init__(self, hello: Hello, *, hello_retry_s: float, leave_after_s: float, now: float) -> None:
+    def __init__(
+        self, hello: Hello, *, hello_retry_s: float, refused_retry_s: float, leave_after_s: float, now: float
+    ) -> None:
         self.state = State.GREETING
         self.in_flight: set[str] = set()
         self._phases: dict[str, Phase] = {}  # of those in flight that have begun
         self.refusal = ""
+        """Why the router does not take this worker; empty unless it has said so last."""
+        self.protocol: int | None = None
+        """The version of the protocol that was agreed with the router that this worker joined last."""
         self._hello = hello
         self._hello_retry_s = hello_retry_s
+        self._refused_retry_s = refused_retry_s
         self._leave_after_s = leave_after_s
         self._heartbeat_interval_s = hello_retry_s
         self._dead_after_s = 0.0
@@ -127,7 +139,7 @@ class Session:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will happen on this link."""
-        return self.state in (State.REFUSED, State.LEFT)
+        return self.state is State.LEFT
 
     def tick(self, now: float) -> list[Action]:
         """Greet, beat, notice a silent router, leave when drained."""
@@ -136,6 +148,9 @@ class Session:
             return []
         if self.state is State.GREETING:
             return self._greet(now)
+        if self.state is State.REFUSED:
+            self.next_tick_at = now + self._refused_retry_s
+            return [Send(self._hello)]
         if now - self._heard_at > self._dead_after_s:
             silent_s = now - self._heard_at
             return [Log(f"the router has been silent for {silent_s:.1f} s; greeting it again"), *self._greet_again(now)]
@@ -153,13 +168,9 @@ class Session:
             case Welcome():
                 return self._welcomed(message, now)
             case Refused():
-                if self.state is not State.GREETING:
-                    return [Log(f"ignored a refusal after the router's welcome: {message.reason}")]
-                self._move(State.REFUSED)
-                self.refusal = message.reason
-                return []
+                return self._refused(message.reason, now)
             case HelloAgain():
-                return [] if self.state is State.GREETING else self._greet_again(now)
+                return [] if self.state in _UNWELCOMED else self._greet_again(now)
             case Dispatch():
                 return self._dispatched(message, payload[0])
             case Abort():
@@ -200,7 +211,7 @@ class Session:
 
     def drain(self, reason: str, now: float) -> list[Action]:
         """Take nothing new; leave once nothing is in flight."""
-        if self.state is State.GREETING:
+        if self.state in _UNWELCOMED:
             return self.leave(reason)
         if self.state is not State.JOINED:
             return []
@@ -213,7 +224,7 @@ class Session:
         """Say goodbye now. What is still in flight is cancelled."""
         if self.is_over:
             return []
-        greeted = self.state is not State.GREETING
+        greeted = self.state not in _UNWELCOMED
         self._move(State.LEFT)
         actions: list[Action] = [Cancel(rid) for rid in sorted(self.in_flight)]
         self.in_flight.clear()
@@ -229,13 +240,33 @@ class Session:
         return [Log(f"no router has answered for {waited_s:.0f} s; greeting on"), Send(self._hello)]
 
     def _welcomed(self, message: Welcome, now: float) -> list[Action]:
-        if self.state is not State.GREETING:
+        if self.state not in _UNWELCOMED:
             return []  # the answer to a greeting that was sent twice
+        if message.protocol not in self._hello.spoken:
+            router = Side(what="router", software=message.version, versions=stated(message.protocol, None))
+            worker = Side(what="worker", software=self._hello.version, versions=self._hello.spoken)
+            goodbye = Send(Goodbye(reason="the version of the protocol in the welcome is not spoken here"))
+            return [*self._refused(why_not("router-worker", worker, router), now), goodbye]
         self._move(State.JOINED)
+        self.refusal = ""
+        self.protocol = message.protocol
         self._heartbeat_interval_s = message.heartbeat_interval_s
         self._dead_after_s = message.dead_after_s
         self.next_tick_at = now + self._heartbeat_interval_s
-        return [Log(f"joined router {message.router}", logging.INFO)]
+        software = f", FlowPrefill {message.version}" if message.version else ""
+        return [Log(f"joined router {message.router} (protocol version {self.protocol}{software})", logging.INFO)]
+
+    def _refused(self, reason: str, now: float) -> list[Action]:
+        """Said once for each reason: the router will repeat it at each greeting."""
+        if self.state not in _UNWELCOMED:
+            return [Log(f"ignored a refusal after the router's welcome: {reason}")]
+        if self.state is State.GREETING:
+            self._move(State.REFUSED)
+        self.next_tick_at = now + self._refused_retry_s
+        if reason == self.refusal:
+            return []
+        self.refusal = reason
+        return [Log(f"refused by the router; asking again every {self._refused_retry_s:g} s: {reason}", logging.ERROR)]
 
     def _dispatched(self, message: Dispatch, body: Buffer) -> list[Action]:
         rid = message.rid

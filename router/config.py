@@ -69,7 +69,7 @@ class RouterConfig:
     log_json: bool = _option(False, "print log lines as JSON objects")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
         if self.heartbeat_dead_secs <= self.heartbeat_interval_secs:
@@ -88,14 +88,14 @@ class RouterConfig:
     @property
     def slo_classes_ms(self) -> dict[str, float]:
         """TTFT objectives by class: the default ones, with those of ``slo_class`` added or put in their place."""
-        return dict(DEFAULT_CLASSES_MS) | dict(map(_slo_class, self.slo_class))
+        return dict(DEFAULT_CLASSES_MS) | dict(map(parse_slo_class, self.slo_class))
 
     @property
     def retries(self) -> int:
         return 0 if self.disable_retries else self.retry_max_retries
 
 
-_LEAST: Final = {
+LEAST: Final[dict[str, float]] = {
     "port": 0,
     "max_concurrent_requests": 1,
     "queue_size": 0,
@@ -129,7 +129,8 @@ def check_url(url: str) -> str:
 _CLASS_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_CLASS_CHARACTERS - 1}}}")
 
 
-def _slo_class(text: str) -> tuple[str, float]:
+def parse_slo_class(text: str) -> tuple[str, float]:
+    """A class's name and its objective in milliseconds, from ``NAME=MS``. Raises BadInput."""
     name, _, value = text.partition("=")
     try:
         slo_ms = float(value)

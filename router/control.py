@@ -217,6 +217,7 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "outstanding_tokens": worker.outstanding_tokens,
             "dispatched_total": worker.dispatched_total,
             "version": worker.hello.version,
+            "protocol": worker.protocol,
             "transfer_backend": worker.hello.transfer_backend,
             "bootstrap": f"{worker.hello.bootstrap_host}:{worker.hello.bootstrap_port}",
             "limits": msgspec.to_builtins(worker.hello.limits),
@@ -233,6 +234,7 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "in_flight": instance.in_flight,
             "outstanding_tokens": instance.outstanding_tokens,
             "dispatched_total": instance.dispatched_total,
+            "version": instance.facts.version if instance.facts else None,
             "transfer_backend": instance.facts.transfer_backend if instance.facts else None,
             "reason": instance.reason,
         }

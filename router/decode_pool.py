@@ -143,10 +143,10 @@ class DecodePool:
             if mode not in ("decode", None):
                 raise NotADecodeInstance(f"it runs with --disaggregation-mode {mode}, not decode")
             server = await self._get_json(instance, "/server_info")
-            backend = server.get("disaggregation_transfer_backend")
+            backend, version = server.get("disaggregation_transfer_backend"), server.get("version")
         else:
             assert instance.facts is not None
-            backend = instance.facts.transfer_backend
+            backend, version = instance.facts.transfer_backend, instance.facts.version
         cards = tuple((await self._get_json(instance, "/v1/models"))["data"])
         async with self.session.get(f"{instance.url}/health") as answer:
             if answer.status != 200:
@@ -155,7 +155,11 @@ class DecodePool:
         if model is None:
             raise NotADecodeInstance("/v1/models names no model")
         return DecodeFacts(
-            model=model, names=frozenset(card["id"] for card in cards), cards=cards, transfer_backend=backend
+            model=model,
+            names=frozenset(card["id"] for card in cards),
+            cards=cards,
+            transfer_backend=backend,
+            version=version,
         )
 
     async def _get_json(self, instance: DecodeInstance, path: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class DecodeFacts:
     cards: tuple[dict[str, Any], ...]
     """Its entries of ``/v1/models``."""
     transfer_backend: str | None = None
+    version: str | None = None
+    """SGLang's."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -89,6 +89,22 @@ class _Picture(Collector):
         for instance in decodes.registry.instances.values():
             health.add_metric([instance.url, "decode"], instance.state is WorkerState.READY)
         yield health
+        about = GaugeMetricFamily(
+            "flowprefill_worker_info",
+            "1 for each worker, with its version: FlowPrefill's of a prefill worker, SGLang's of a decode instance.",
+            labels=["worker", "type", "version"],
+        )
+        for worker in links.registry.workers.values():
+            about.add_metric([worker.name, "prefill", worker.hello.version], 1)
+        for instance in decodes.registry.instances.values():
+            if instance.facts is not None:
+                about.add_metric([instance.url, "decode", instance.facts.version or ""], 1)
+        yield about
+        yield CounterMetricFamily(
+            "flowprefill_worker_refusals",
+            "Greetings of prefill workers that speak no common version of the protocol.",
+            value=links.refusals,
+        )
         yield CounterMetricFamily(
             "flowprefill_worker_retries", "Attempts with another pair of workers.", value=self._dispatcher.retries
         )

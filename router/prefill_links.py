@@ -16,7 +16,16 @@ import zmq
 from flowprefill_sglang.errors import StartupError
 from flowprefill_sglang.router.config import RouterConfig
 from flowprefill_sglang.router.log import event
-from flowprefill_sglang.router.registry import Answered, Changed, Effect, Lost, PrefillRegistry, PrefillWorker, Send
+from flowprefill_sglang.router.registry import (
+    Answered,
+    Changed,
+    Effect,
+    Lost,
+    PrefillRegistry,
+    PrefillWorker,
+    Send,
+    TurnedAway,
+)
 from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_from_worker, encode
 from flowprefill_sglang.wire.messages import Answer, Dispatch
 from flowprefill_sglang.wire.socket import EventSocket
@@ -43,6 +52,8 @@ class PrefillLinks:
             router=router, heartbeat_interval_s=config.heartbeat_interval_secs, dead_after_s=config.heartbeat_dead_secs
         )
         self.malformed_messages = 0
+        self.refusals = 0
+        """Greetings of workers that were refused; a refused worker asks again now and then."""
         self._config = config
         self._on_prefilled = on_prefilled
         self._sinks: dict[str, PrefillSink] = {}
@@ -138,6 +149,9 @@ class PrefillLinks:
                         sink.on_prefill_lost(reason)
                 case Changed(name, state, reason):
                     event(log, logging.INFO, "worker_state", worker=name, type="prefill", state=state, reason=reason)
+                case TurnedAway(name, version, reason):
+                    self.refusals += 1
+                    event(log, logging.WARNING, "worker_refused", worker=name, version=version, reason=reason)
 
     def _send(self, link: bytes, frames: list[Buffer]) -> bool:
         assert self._socket is not None

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.router.states import WorkerState, transition
 from flowprefill_sglang.wire.messages import (
-    PROTOCOL_VERSION,
+    SPOKEN,
     Abort,
     Alive,
     Answer,
@@ -33,6 +34,7 @@ from flowprefill_sglang.wire.messages import (
     ToWorker,
     Welcome,
 )
+from flowprefill_sglang.wire.versions import Side, Versions, newest_common, why_not
 
 FORGET_AFTER_S: Final = 600.0
 """A dead worker stays visible in ``/workers`` for so long, unless it comes back."""
@@ -61,6 +63,8 @@ class PrefillWorker:
     link: bytes
     """ZeroMQ routing id of its present connection."""
     heard_at: float
+    protocol: int
+    """The version of the protocol that was agreed."""
     state: WorkerState = WorkerState.JOINING
     load: Load | None = None
     assigned: dict[str, Assignment] = field(default_factory=dict)
@@ -106,19 +110,36 @@ class Changed:
     reason: str
 
 
-Effect = Send | Answered | Lost | Changed
+@dataclass(slots=True, frozen=True)
+class TurnedAway:
+    """A worker that speaks no common version of the protocol was refused; for the log."""
+
+    name: str
+    version: str
+    """Its version of FlowPrefill."""
+    reason: str
+
+
+Effect = Send | Answered | Lost | Changed | TurnedAway
 
 
 class PrefillRegistry:
     """Prefill workers by name and link, and the requests that each one holds."""
 
-    def __init__(self, *, router: str, heartbeat_interval_s: float, dead_after_s: float) -> None:
-        self._welcome = Welcome(
-            protocol=PROTOCOL_VERSION,
-            router=router,
-            heartbeat_interval_s=heartbeat_interval_s,
-            dead_after_s=dead_after_s,
-        )
+    def __init__(
+        self, *, router: str, heartbeat_interval_s: float, dead_after_s: float, spoken: Versions = SPOKEN
+    ) -> None:
+        self._welcomes = {
+            protocol: Welcome(
+                protocol=protocol,
+                router=router,
+                heartbeat_interval_s=heartbeat_interval_s,
+                dead_after_s=dead_after_s,
+                version=__version__,
+            )
+            for protocol in range(spoken.oldest, spoken.newest + 1)
+        }
+        self._spoken = spoken
         self._dead_after_s = dead_after_s
         self.workers: dict[str, PrefillWorker] = {}
         self.preemptions: Counter[str] = Counter()
@@ -221,9 +242,10 @@ class PrefillRegistry:
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _on_hello(self, link: bytes, hello: Hello, now: float) -> list[Effect]:
-        if hello.protocol != PROTOCOL_VERSION:
-            reason = f"protocol version {hello.protocol} is not the router's {PROTOCOL_VERSION}; upgrade the older one"
-            return [Send(link, Refused(reason=reason, protocol=PROTOCOL_VERSION))]
+        protocol = newest_common(self._spoken, hello.spoken)
+        if protocol is None:
+            return self._turn_away(link, hello)
+        welcome = Send(link, self._welcomes[protocol])
         effects: list[Effect] = []
         known = self.workers.get(hello.name)
         other = self._by_link.get(link)
@@ -232,15 +254,25 @@ class PrefillRegistry:
         if known is not None and known.link == link and known.hello.incarnation == hello.incarnation:
             known.heard_at = now  # it has not seen the welcome yet
             if known.state is not WorkerState.DEAD:
-                return [*effects, Send(link, self._welcome)]
+                return [*effects, welcome]
         if known is not None and known.state is not WorkerState.DEAD:
             # A worker greets on a new link after it has dropped all that it held (prefill_worker/session.py).
             restarted = known.hello.incarnation != hello.incarnation
             effects += self._bury(known, "it restarted" if restarted else "it lost its connection and came back")
-        worker = PrefillWorker(hello=hello, link=link, heard_at=now)
+        worker = PrefillWorker(hello=hello, link=link, heard_at=now, protocol=protocol)
         self.workers[hello.name] = worker
         self._by_link[link] = worker
-        return [*effects, self._change(worker, WorkerState.READY, "hello"), Send(link, self._welcome)]
+        return [*effects, self._change(worker, WorkerState.READY, "hello"), welcome]
+
+    def _turn_away(self, link: bytes, hello: Hello) -> list[Effect]:
+        """A worker of that name which is served already stays: it may be the one that this one is to replace."""
+        worker = Side(what=f"worker {hello.name}", software=hello.version, versions=hello.spoken)
+        router = Side(what="router", software=__version__, versions=self._spoken)
+        reason = why_not("router-worker", worker, router)
+        refused = Refused(
+            reason=reason, protocol=self._spoken.newest, oldest_protocol=self._spoken.oldest, version=__version__
+        )
+        return [TurnedAway(hello.name, hello.version, reason), Send(link, refused)]
 
     def _reconcile(self, worker: PrefillWorker, now: float) -> Iterator[Effect]:
         """A worker that holds nothing has lost whatever the router believes it holds: messages can vanish with a

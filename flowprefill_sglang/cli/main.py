@@ -25,12 +25,16 @@ class Command:
 
     module: str
     help: str
+    reads_file: bool = False
+    """Whether ``set_<name>_defaults(parser, namespace)`` takes flags' defaults from a file that a flag names."""
     passes_on: bool = False
     """Whether flags that are not its own go to SGLang's servers, as ``namespace.rest``."""
 
 
 COMMANDS = {
-    "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True),
+    "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True, reads_file=True),
+    "config check": Command(module="config", help="check a cluster's YAML file and show what it would start"),
+    "config show": Command(module="config", help="print a complete YAML file: every field, its default and why"),
     "demo": Command(module="demo", help="run a workload under FlowPrefill and under stock SGLang, side by side"),
     "bench": Command(module="bench", help="load a server in open loop; measure TTFT, attainment and goodput"),
     "bench compare": Command(module="bench_compare", help="ratios between two results of bench, with their spread"),
@@ -53,17 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = _with_whole_name(sys.argv[1:] if arguments is None else arguments)
     chosen = words[0] if words and words[0] in COMMANDS else None
     parser, subparser = _parser(chosen)
-    namespace, rest = parser.parse_known_args(words)
+    try:
+        namespace, rest = parser.parse_known_args(words)
+        if chosen is not None and COMMANDS[chosen].reads_file:
+            _function(chosen, "set_{}_defaults")(subparser, namespace)
+            namespace, rest = parser.parse_known_args(words)  # what the command line says wins over the file
+    except FlowPrefillError as error:
+        return _failed(chosen, error)
     if rest and (chosen is None or not COMMANDS[chosen].passes_on):
         (subparser or parser).error(f"unrecognized arguments: {' '.join(rest)}")
     namespace.rest = rest
     try:
         return _function(namespace.command, "run_{}")(namespace)
     except FlowPrefillError as error:
-        print(f"flowprefill {namespace.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 1
+        return _failed(namespace.command, error)
     except KeyboardInterrupt:
         return 130
+
+
+def _failed(command: str | None, error: FlowPrefillError) -> int:
+    print(f"flowprefill {command}: {error}", file=sys.stderr)
+    return 2 if isinstance(error, BadInput) else 1
 
 
 def _with_whole_name(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import platform
 
 from flowprefill_sglang import __version__
 from flowprefill_sglang.prefill_worker import config as worker_config
-from flowprefill_sglang.wire.messages import PROTOCOL_VERSION
+from flowprefill_sglang.wire.messages import SPOKEN
 
 
 def add_router_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,9 @@ def add_version_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_version(namespace: argparse.Namespace) -> int:
     """Print what a bug report needs."""
-    print(f"flowprefill-sglang {__version__} (wire protocol {PROTOCOL_VERSION})")
+    from flowprefill_sglang.kv import messages as kv_messages
+
+    print(f"flowprefill-sglang {__version__} (wire protocol {SPOKEN}, KV handoff {kv_messages.SPOKEN})")
     for name in ("sglang", "torch", "pyzmq", "msgspec", "mooncake-transfer-engine-non-cuda"):
         try:
             print(f"{name} {importlib.metadata.version(name)}")

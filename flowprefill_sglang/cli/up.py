@@ -12,6 +12,7 @@ import sys
 from collections.abc import Coroutine
 from pathlib import Path
 
+from flowprefill_sglang.cluster.configuration_file import Configured, read_configuration
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
 from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.flag_values import count
@@ -21,6 +22,10 @@ from flowprefill_sglang.workload.tiny_model import make_tiny_model
 
 def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``up``; others go to every SGLang server."""
+    parser.add_argument(
+        "--config", type=Path, default=None, metavar="FILE", help="YAML file of the cluster; other flags win over it"
+    )
+    parser.set_defaults(configured=None)
     parser.add_argument("--model-path", type=Path, default=None, help="model folder (default: a tiny one made here)")
     parser.add_argument("--prefill", type=count, default=1, metavar="N", help="prefill workers (default 1)")
     parser.add_argument("--decode", type=count, default=1, metavar="M", help="decode instances (default 1)")
@@ -48,6 +53,28 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def set_up_defaults(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    """Take the flags' defaults from ``--config``, when it is given. Raises BadInput."""
+    if namespace.config is None:
+        return
+    configured = read_configuration(namespace.config)
+    if configured.launcher != "local" and parser.get_default("launcher") is None:
+        raise BadInput(f"{namespace.config}: launcher.kind {configured.launcher}: only local is built so far")
+    parser.set_defaults(
+        configured=configured,
+        model_path=configured.model_path,
+        prefill=configured.prefill,
+        decode=configured.decode,
+        host=configured.host,
+        port=configured.port,
+        log_dir=configured.log_dir,
+        api_key=configured.api_key,
+        prefill_scheduler=SchedulerKind(configured.prefill_scheduler),
+        launcher=configured.launcher,
+        ray_address=configured.ray_address,
+    )
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, or 0 for a free one, got {text}")
@@ -67,6 +94,7 @@ def run_up(namespace: argparse.Namespace) -> int:
     ready_file: Path | None = namespace.ready_file
     if ready_file is not None:
         _require_writable(ready_file)
+    file: Configured | None = namespace.configured
     spec = ClusterSpec(
         model_path=(namespace.model_path or make_tiny_model()).resolve(),
         prefill=namespace.prefill,
@@ -74,9 +102,18 @@ def run_up(namespace: argparse.Namespace) -> int:
         host=namespace.host,
         port=namespace.port,
         api_key=namespace.api_key,
-        router_arguments=namespace.router_args,
-        prefill_arguments=("--prefill-scheduler", str(namespace.prefill_scheduler), *namespace.prefill_args),
-        sglang_arguments=tuple(namespace.rest),
+        # Of a flag that comes twice, the later one wins: the command line's.
+        router_arguments=(*(file.router_arguments if file else ()), *namespace.router_args),
+        prefill_arguments=(
+            "--prefill-scheduler",
+            str(namespace.prefill_scheduler),
+            *(file.prefill_arguments if file else ()),
+            *namespace.prefill_args,
+        ),
+        decode_arguments=file.decode_arguments if file else (),
+        sglang_arguments=(*(file.sglang_arguments if file else ()), *namespace.rest),
+        threads=file.threads if file else None,
+        startup_timeout_s=file.startup_timeout_s if file else ClusterSpec.startup_timeout_s,
         log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
     )
     cluster = LocalCluster(spec, print_progress)

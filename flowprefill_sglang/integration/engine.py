@@ -16,7 +16,7 @@ from flowprefill_sglang.integration.prefill.request_terms import dispatched
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp, call
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.wire.framing import Buffer
-from flowprefill_sglang.wire.messages import PROTOCOL_VERSION, Dispatch, Hello, Limits
+from flowprefill_sglang.wire.messages import SPOKEN, Dispatch, Hello, Limits
 
 
 class SGLangEngine:
@@ -57,7 +57,8 @@ class SGLangEngine:
         state = info["internal_states"][0]
         host = _reachable(info["host"])
         return Hello(
-            protocol=PROTOCOL_VERSION,
+            protocol=SPOKEN.newest,
+            oldest_protocol=SPOKEN.oldest,
             name=config.name,
             incarnation=secrets.token_hex(8),
             version=__version__,

@@ -50,7 +50,7 @@ def serve_prefill(config: WorkerConfig, sglang_arguments: Sequence[str]) -> int:
     """Run a prefill worker until it is told to stop; returns the process's exit status.
 
     ``sglang_arguments`` are SGLang's own flags. Raises BadInput for those that cannot work here, StartupError
-    for what SGLang refuses, PeerFault when the router refuses this worker.
+    for what SGLang refuses.
     """
     config.scheduler.check()
     publish(config.scheduler)  # before the plugin is loaded, which reads it here and in SGLang's other processes

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 import zmq
 
+from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kernels.kv_pages import block_bytes, scatter_pages
 from flowprefill_sglang.kv.layout import Layout, largest_chunk_bytes, layout_mismatch
@@ -30,7 +31,7 @@ from flowprefill_sglang.kv.links import LINK_LOST_EVENTS, configure_link, has_lo
 from flowprefill_sglang.kv.mailbox import Mailbox
 from flowprefill_sglang.kv.messages import (
     MAX_HEADER_BYTES,
-    PROTOCOL_VERSION,
+    SPOKEN,
     Accepted,
     Chunk,
     Credit,
@@ -46,6 +47,7 @@ from flowprefill_sglang.kv.messages import (
 )
 from flowprefill_sglang.kv.settings import KvSettings
 from flowprefill_sglang.kv.transfer import IncomingTransfer, LinkFault, PageIds, ReceiveCredit, RoomFault
+from flowprefill_sglang.wire.versions import Side, stated, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -225,11 +227,10 @@ class DecodeLinks:
             self._refuse(identity, str(fault))
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        if hello.protocol != PROTOCOL_VERSION:
-            raise LinkFault(
-                f"the KV protocol versions differ: prefill {hello.protocol}, decode {PROTOCOL_VERSION}; "
-                f"install the same FlowPrefill version on both sides"
-            )
+        if hello.protocol not in SPOKEN:
+            prefill = Side(what="prefill", software=hello.version, versions=stated(hello.protocol, None))
+            decode = Side(what="decode", software=__version__, versions=SPOKEN)
+            raise LinkFault(why_not("KV", prefill, decode))
         if hello.session != self.session:
             raise LinkFault(f"this is decode session {self.session}, not {hello.session}")
         mismatch = layout_mismatch(prefill=hello.layout, decode=self._layout)

@@ -9,11 +9,12 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVReceiver
 from sglang.srt.utils.network import NetworkAddress
 
+from flowprefill_sglang import __version__
 from flowprefill_sglang.kv.decode_links import DecodeLinks
 from flowprefill_sglang.kv.layout import Layout
 from flowprefill_sglang.kv.messages import (
     CONTROL_TAG,
-    PROTOCOL_VERSION,
+    SPOKEN,
     Announce,
     MalformedKvMessage,
     Register,
@@ -90,7 +91,9 @@ class DecodeSide:
     def registration(self) -> list[bytes]:
         """What makes this rank known to a prefill rank; saying it twice does no harm."""
         message = Register(
-            protocol=PROTOCOL_VERSION,
+            protocol=SPOKEN.newest,
+            oldest_protocol=SPOKEN.oldest,
+            version=__version__,
             session=self.links.session,
             host=self._manager.local_ip,
             control_port=self._manager.rank_port,

@@ -15,8 +15,13 @@ import xxhash
 
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kv.layout import Layout, Span
+from flowprefill_sglang.wire.versions import Versions
 
 PROTOCOL_VERSION: Final = 1
+"""The newest version that this code speaks."""
+SPOKEN: Final = Versions(1, PROTOCOL_VERSION)
+"""All that it speaks. ``Register`` states them, the prefill side takes the newest that both know and says so in
+``Hello``; from then on both speak that one. A version stays for at least one release after its successor has come."""
 MAX_HEADER_BYTES: Final = 64 * 1024
 CONTROL_TAG: Final = b"FLOWPREFILL_KV"
 """First frame of a control message; SGLang's own messages on that socket start with other words."""
@@ -37,6 +42,7 @@ class Register(msgspec.Struct, frozen=True, kw_only=True, tag="register"):
     """A decode rank introduces itself, before its first room with this prefill rank."""
 
     protocol: int
+    """The newest version of the protocol that the decode rank speaks."""
     session: str
     """Names this life of the decode rank."""
     host: str
@@ -47,6 +53,10 @@ class Register(msgspec.Struct, frozen=True, kw_only=True, tag="register"):
     max_chunk_bytes: int
     """Larger messages make the decode side drop the connection."""
     layout: Layout
+    oldest_protocol: int | None = None
+    """The oldest one; None from decode ranks that know ``protocol`` alone."""
+    version: str = ""
+    """FlowPrefill's version, for people; empty when it was not said yet."""
 
 
 class Announce(msgspec.Struct, frozen=True, kw_only=True, tag="announce"):
@@ -73,11 +83,14 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First message on a link."""
 
     protocol: int
+    """The version that both sides speak on it."""
     prefill: str
     """``host:port`` under which SGLang's bootstrap server knows the prefill rank."""
     session: str
     """The decode session that the prefill rank believes to be talking to."""
     layout: Layout
+    version: str = ""
+    """FlowPrefill's version, for people; empty when it was not said yet."""
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True, tag="chunk"):

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 import zmq
 
+from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kernels.kv_pages import block_bytes, gather_pages
 from flowprefill_sglang.kv.layout import Layout, Span, largest_chunk_bytes, layout_mismatch
 from flowprefill_sglang.kv.links import has_lost_link
 from flowprefill_sglang.kv.mailbox import Mailbox
 from flowprefill_sglang.kv.messages import (
-    PROTOCOL_VERSION,
+    SPOKEN,
     Accepted,
     Announce,
     Chunk,
@@ -44,6 +45,7 @@ from flowprefill_sglang.kv.prefill_link import Link, Room, open_link
 from flowprefill_sglang.kv.settings import KvSettings
 from flowprefill_sglang.kv.staging import StagingPool
 from flowprefill_sglang.kv.transfer import OutgoingTransfer, PageIds, RoomFault
+from flowprefill_sglang.wire.versions import Side, newest_common, stated, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -184,18 +186,22 @@ class PrefillLinks:
             self._connect(peer)
 
     def _refusal(self, peer: Register) -> str | None:
-        if peer.protocol != PROTOCOL_VERSION:
-            return (
-                f"the KV protocol versions differ: prefill {PROTOCOL_VERSION}, decode {peer.protocol}; "
-                f"install the same FlowPrefill version on both sides"
-            )
+        spoken = stated(peer.protocol, peer.oldest_protocol)
+        if newest_common(SPOKEN, spoken) is None:
+            prefill = Side(what="prefill", software=__version__, versions=SPOKEN)
+            decode = Side(what="decode", software=peer.version, versions=spoken)
+            return why_not("KV", prefill, decode)
         if peer.max_chunk_bytes < max(self._layout.page_bytes):
             return f"decode takes messages of at most {peer.max_chunk_bytes} bytes, less than one page of a buffer"
         return layout_mismatch(prefill=self._layout, decode=peer.layout)
 
     def _connect(self, peer: Register) -> Link | str:
         """A new link, or why there is none."""
-        hello = Hello(protocol=PROTOCOL_VERSION, prefill=self._name, session=peer.session, layout=self._layout)
+        protocol = newest_common(SPOKEN, stated(peer.protocol, peer.oldest_protocol))
+        assert protocol is not None  # or it was refused
+        hello = Hello(
+            protocol=protocol, prefill=self._name, session=peer.session, layout=self._layout, version=__version__
+        )
         try:
             link = open_link(self._context, peer, hello, self._settings, self._clock())
         except zmq.ZMQError as error:

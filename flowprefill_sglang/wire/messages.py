@@ -4,8 +4,9 @@ One tagged union a direction. A message travels as a multipart ZeroMQ message: o
 struct, then the payload frames that the struct announces (``Dispatch`` and ``Answer`` carry one: a request's or an
 answer's body, untouched). Points in time never cross the wire, since two hosts' clocks differ; only lengths of time do.
 
-Compatibility: new fields have defaults and go last; a new message gets a new tag; anything else raises
-``PROTOCOL_VERSION``. Router and worker agree on the version in ``Hello`` and ``Welcome`` / ``Refused``.
+Compatibility: new fields have defaults and go last, and a reader ignores fields that it does not know. Anything else (a
+new message, which gets a new tag, or another meaning) raises ``PROTOCOL_VERSION``, and is sent only where the agreed
+version has it. Router and worker agree on it in ``Hello`` and ``Welcome`` / ``Refused``, which only ever gain fields.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from flowprefill_sglang.wire.versions import Versions, stated
+
 PROTOCOL_VERSION = 1
+"""The newest version that this code speaks."""
+SPOKEN = Versions(1, PROTOCOL_VERSION)
+"""All that it speaks. A version stays for at least one release after its successor has come: a rolling upgrade has both
+in one cluster."""
 MAX_CLASS_CHARACTERS = 64
 
 
@@ -57,12 +64,13 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First message of a worker, sent again until the router answers, and after each reconnect."""
 
     protocol: int
+    """The newest version of the protocol that the worker speaks."""
     name: str
     """Unique within the cluster; a worker that comes back under its name replaces its former self."""
     incarnation: str
     """Random, made at the worker's start: tells a reconnect from a restart."""
     version: str
-    """FlowPrefill's version, for people."""
+    """FlowPrefill's version, for people: ``/workers``, metrics and refusals show it."""
     model: str
     """The served model name, as clients ask for it."""
     http_url: str
@@ -72,6 +80,13 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """Where decode instances find this worker for the KV handoff."""
     transfer_backend: str
     limits: Limits
+    oldest_protocol: int | None = None
+    """The oldest version that it speaks; None from workers that know ``protocol`` alone."""
+
+    @property
+    def spoken(self) -> Versions:
+        """The versions that the worker speaks."""
+        return stated(self.protocol, self.oldest_protocol)
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
@@ -120,18 +135,25 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     """The router took the worker in."""
 
     protocol: int
+    """The version that both sides speak from here on: the newest that both know."""
     router: str
     heartbeat_interval_s: float
     dead_after_s: float
     """Each side gives the other up after this long without a message."""
+    version: str = ""
+    """The router's version of FlowPrefill, for people; empty from routers that did not say it yet."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """The router does not take the worker, and asking again unchanged is useless."""
+    """The router does not take the worker. Asking again is of use only once one of the two was upgraded."""
 
     reason: str
     protocol: int
-    """The router's own version."""
+    """The newest version that the router speaks."""
+    oldest_protocol: int | None = None
+    """The oldest one; None from routers that know ``protocol`` alone."""
+    version: str = ""
+    """The router's version of FlowPrefill; empty from routers that did not say it yet."""
 
 
 class HelloAgain(msgspec.Struct, frozen=True, kw_only=True, tag="hello_again"):

@@ -63,7 +63,7 @@ MAY_IMPORT_ENGINE: dict[str, tuple[str, ...]] = {
 They come with SGLang and not with our own dependencies, so a router runs without them.
 """
 
-MODULE_OF = {"pyzmq": "zmq", "prometheus-client": "prometheus_client"}
+MODULE_OF = {"pyyaml": "yaml", "pyzmq": "zmq", "prometheus-client": "prometheus_client"}
 """Import name of a distribution, where it is another one."""
 
 LONG_MODULE_LINES = 400

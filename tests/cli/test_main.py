@@ -19,7 +19,7 @@ def flowprefill(*words: str) -> subprocess.CompletedProcess[str]:
 def test_version_names_what_a_bug_report_needs() -> None:
     done = flowprefill("version")
     assert done.returncode == 0
-    for name in ("flowprefill-sglang", "sglang", "torch", "pyzmq", "python", "wire protocol"):
+    for name in ("flowprefill-sglang", "sglang", "torch", "pyzmq", "python", "wire protocol version", "KV handoff"):
         assert name in done.stdout
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flowprefill_sglang.cli import up
+from flowprefill_sglang.cli.main import main
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster
 from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
 
@@ -158,3 +159,76 @@ def test_wrong_values_say_what_was_expected(
         run(flag, value)
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def run_with_file(tmp_path: Path, text: str, *words: object) -> int:
+    (tmp_path / "cluster.yaml").write_text(text)
+    return main(["up", "--config", str(tmp_path / "cluster.yaml"), *(str(word) for word in words)])
+
+
+FILE = """
+model: {path: llama}
+router: {port: 8000, queue_size: 64, api_key: of-the-file}
+prefill: {count: 3, scheduler: stock, sglang: {dtype: float16}}
+decode: {count: 2, sglang: {dtype: bfloat16}}
+servers: {threads: 2, sglang: {context-length: 4096}}
+launcher: {startup_timeout_secs: 5}
+logs: {dir: logs}
+"""
+
+
+def test_a_file_says_what_to_start(stand_in: type[StandInCluster], tmp_path: Path) -> None:
+    assert run_with_file(tmp_path, FILE) == 0
+    assert stand_in.made[0].spec == ClusterSpec(
+        model_path=tmp_path / "llama",
+        prefill=3,
+        decode=2,
+        port=8000,
+        api_key="of-the-file",
+        router_arguments=("--queue-size", "64"),
+        prefill_arguments=("--prefill-scheduler", "stock", "--dtype", "float16"),
+        decode_arguments=("--dtype", "bfloat16"),
+        sglang_arguments=("--context-length", "4096"),
+        log_dir=tmp_path / "logs",
+        threads=2,
+        startup_timeout_s=5.0,
+    )
+
+
+def test_flags_win_over_the_file_wherever_they_stand(stand_in: type[StandInCluster], tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(FILE)
+    words = [
+        "--prefill",
+        "1",
+        "--config",
+        tmp_path / "cluster.yaml",
+        "--port",
+        30000,
+        "--decode",
+        1,
+        "--api-key",
+        "mine",
+    ]
+    words += ["--router-args", "--queue-size 5", "--prefill-args", "--dtype float32", "--context-length", 99]
+    assert main(["up", *(str(word) for word in words), "--prefill-scheduler", "flowprefill"]) == 0
+    spec = stand_in.made[0].spec
+    assert (spec.prefill, spec.decode, spec.port, spec.api_key) == (1, 1, 30000, "mine"), "though they are the defaults"
+    assert spec.router_arguments == ("--queue-size", "64", "--queue-size", "5")
+    assert spec.prefill_arguments == (
+        *("--prefill-scheduler", "flowprefill", "--dtype", "float16"),
+        *("--dtype", "float32"),
+    )
+    assert spec.sglang_arguments == ("--context-length", "4096", "--context-length", "99")
+
+
+def test_a_wrong_file_starts_nothing(
+    stand_in: type[StandInCluster], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with_file(tmp_path, "prefill: {count: 0}\n") == 2
+    assert run_with_file(tmp_path, "launcher: {kind: ray}\n") == 2
+    assert not stand_in.made
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        f"flowprefill up: {tmp_path}/cluster.yaml:1: prefill.count: expected a whole number of at least 1, not 0"
+    )
+    assert "launcher.kind ray" in second

@@ -148,6 +148,7 @@ def test_a_worker_of_another_protocol_version_is_refused(cluster: Cluster) -> No
         message, _ = decode_to_worker(worker.recv_multipart())
     assert isinstance(message, Refused)
     assert message.protocol == PROTOCOL_VERSION
-    assert str(PROTOCOL_VERSION + 1) in message.reason
+    assert f"worker stranger (FlowPrefill 0) speaks version {PROTOCOL_VERSION + 1}" in message.reason
+    assert "upgrade router" in message.reason
     _, document = get(f"{cluster.url}/workers")
     assert "stranger" not in {worker.get("name") for worker in document["workers"]}

@@ -104,11 +104,18 @@ def test_decode_checks_the_layout_too(decode: Decode) -> None:
     side.links.close()
 
 
-def test_another_protocol_version_is_refused(prefill: Prefill, decode: Decode) -> None:
-    prefill.links.register(decode.registration(protocol=PROTOCOL_VERSION + 1))
+def test_a_decode_without_a_common_protocol_version_is_refused(prefill: Prefill, decode: Decode) -> None:
+    prefill.links.register(decode.registration(protocol=PROTOCOL_VERSION + 1, version="9.9"))
     transfer(prefill, decode, 1, [0], [0])
     wait_until(lambda: 1 in prefill.failed, "the refusal")
-    assert "same FlowPrefill version" in prefill.failed[1]
+    assert f"decode (FlowPrefill 9.9) speaks version {PROTOCOL_VERSION + 1}; upgrade prefill" in prefill.failed[1]
+
+
+def test_a_newer_decode_that_still_speaks_the_older_version_is_served(prefill: Prefill, decode: Decode) -> None:
+    newer = decode.registration(protocol=PROTOCOL_VERSION + 3, oldest_protocol=PROTOCOL_VERSION)
+    prefill.links.register(newer)
+    transfer(prefill, decode, 1, [0], [0])
+    wait_until(lambda: 1 in prefill.delivered, "the transfer")
 
 
 def test_a_page_that_decode_does_not_have_is_never_announced(decode: Decode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,35 @@ FROM_DECODE = [
     Accepted(room=1, transfer=2),
     Rejected(room=1, transfer=2, reason="r"),
 ]
+
+
+LAYOUT_OF_VERSION_1 = (
+    b"\xa6layout\x88\xabpage_tokens\x01\xa5dtype\xa7float32\xa9kv_layout\xc0\xaapage_bytes\x92\x04\x04\xa9layer_ids\x90"
+    b"\xa9aux_bytes\x91\x08\xacattn_tp_size\x01\xacattn_tp_rank\x00"
+)
+REGISTER_OF_VERSION_1 = (
+    b"\xa4type\xa8register\xa8protocol\x01\xa7session\xa1s\xa4host\xa3::1\xaccontrol_port\x01\xa9link_port\x02"
+    b"\xafmax_chunk_bytes\x03" + LAYOUT_OF_VERSION_1
+)
+HELLO_OF_VERSION_1 = b"\xa4type\xa5hello\xa8protocol\x01\xa7prefill\xa1p\xa7session\xa1s" + LAYOUT_OF_VERSION_1
+
+
+def test_the_handshake_from_before_ranges_were_stated() -> None:
+    assert decode_control([CONTROL_TAG, b"\x88" + REGISTER_OF_VERSION_1]) == CONTROL[0]
+    assert decode_from_prefill(b"\x85" + HELLO_OF_VERSION_1, 0) == FROM_PREFILL[0]
+
+
+def test_the_handshakes_bytes_with_ranges() -> None:
+    register = msgspec.structs.replace(CONTROL[0], oldest_protocol=1, version="0.1")
+    assert encode(register) == b"\x8a" + REGISTER_OF_VERSION_1 + b"\xafoldest_protocol\x01\xa7version\xa30.1"
+    hello = msgspec.structs.replace(FROM_PREFILL[0], version="0.1")
+    assert encode(hello) == b"\x86" + HELLO_OF_VERSION_1 + b"\xa7version\xa30.1"
+
+
+def test_unknown_fields_of_a_later_version_are_ignored() -> None:
+    later = b"\xadfuture_things\x81\xa1a\x93\x01\x02\x03"
+    assert decode_control([CONTROL_TAG, b"\x89" + REGISTER_OF_VERSION_1 + later]) == CONTROL[0]
+    assert decode_from_prefill(b"\x86" + HELLO_OF_VERSION_1 + later, 0) == FROM_PREFILL[0]
 
 
 @pytest.mark.parametrize("message", CONTROL, ids=lambda m: type(m).__name__)

@@ -137,7 +137,7 @@ async def linked(
 ) -> AsyncIterator[tuple[Router, PlainEngine, asyncio.Task]]:
     context = zmq.asyncio.Context()
     router, engine = Router(context), PlainEngine()
-    config = WorkerConfig(router=f"tcp://127.0.0.1:{router.port}", name="w0", hello_retry_s=0.05)
+    config = WorkerConfig(router=f"tcp://127.0.0.1:{router.port}", name="w0", hello_retry_s=0.05, refused_retry_s=0.05)
     task = asyncio.create_task(Link(config, engine, feed, clock).run())
     try:
         hello, _ = await router.receive(Hello)
@@ -383,14 +383,20 @@ def test_a_worker_told_to_stop_drains_by_itself() -> None:
     asyncio.run(scenario())
 
 
-def test_refused_worker_stops() -> None:
+def test_a_refused_worker_says_why_once_and_joins_a_router_that_was_upgraded(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with linked(join=False) as (router, _, task):
-            await router.send(Refused(reason="no", protocol=99))
-            with pytest.raises(PeerFault, match="refused this worker: no"):
-                await asyncio.wait_for(task, 10)
+            for _ in range(3):
+                await router.send(Refused(reason="upgrade router", protocol=0))
+                await router.receive(Hello)
+            assert not task.done()
+            await router.send(WELCOME)
+            await router.receive(Heartbeat)
+            await router.send(Dispatch(rid="a", path="/generate"), b"hi")
+            assert (await router.receive(Answer))[0].status == 200
 
     asyncio.run(scenario())
+    assert [record.levelname for record in caplog.records if "upgrade router" in record.message] == ["ERROR"]
 
 
 def test_cancelled_worker_says_goodbye() -> None:

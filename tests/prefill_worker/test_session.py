@@ -1,8 +1,11 @@
 """The worker's side of the protocol, without a socket: tables of events, and any order of them."""
 
+import logging
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.session import Cancel, Log, Prefill, Reconnect, Send, Session, State
@@ -41,7 +44,7 @@ WELCOME = Welcome(protocol=PROTOCOL_VERSION, router="r", heartbeat_interval_s=1.
 
 
 def new_session(now: float = 0.0) -> Session:
-    return Session(HELLO, hello_retry_s=0.5, leave_after_s=10.0, now=now)
+    return Session(HELLO, hello_retry_s=0.5, refused_retry_s=30.0, leave_after_s=10.0, now=now)
 
 
 def joined_session() -> Session:
@@ -164,14 +167,48 @@ def test_a_worker_that_nobody_answers_says_so_now_and_then() -> None:
     assert not any(isinstance(action, Log) for action in session.tick(1_029.0)), "counted from the new greeting"
 
 
-def test_refusal_is_final_and_says_why() -> None:
+REFUSED = Refused(reason="no common version; upgrade router", protocol=7)
+
+
+def test_a_refusal_is_said_once_and_the_router_is_asked_again_slowly_until_it_was_upgraded() -> None:
     session = new_session()
     session.tick(0.0)
-    session.receive(Refused(reason="protocol 7 is not spoken here", protocol=7), (), 0.1)
-    assert session.is_over
-    assert session.refusal == "protocol 7 is not spoken here"
-    assert session.tick(1.0) == []
-    assert session.receive(WELCOME, (), 1.0) == []
+    (said,) = session.receive(REFUSED, (), 0.1)
+    assert said == Log(
+        "refused by the router; asking again every 30 s: no common version; upgrade router", logging.ERROR
+    )
+    assert not session.is_over
+    assert session.next_tick_at == pytest.approx(30.1)
+    assert session.tick(30.1) == [Send(HELLO)]
+    assert session.receive(REFUSED, (), 30.2) == [], "the same again is no news"
+    assert session.next_tick_at == pytest.approx(60.2)
+    assert len(session.receive(Refused(reason="another one", protocol=8), (), 40.0)) == 1
+    assert session.receive(HelloAgain(), (), 50.0) == [], "it greets at its own pace"
+    session.receive(WELCOME, (), 60.3)
+    assert (session.state, session.refusal, session.protocol) == (State.JOINED, "", PROTOCOL_VERSION)
+
+
+def test_a_refused_worker_that_is_told_to_stop_leaves_without_a_word() -> None:
+    session = new_session()
+    session.receive(REFUSED, (), 0.1)
+    assert session.drain("the worker was told to stop", 1.0) == []
+    assert session.state is State.LEFT
+
+
+def test_a_welcome_in_a_version_that_is_not_spoken_is_no_welcome() -> None:
+    session = new_session()
+    said, goodbye = session.receive(replace(WELCOME, protocol=9, version="0.9"), (), 0.1)
+    assert session.state is State.REFUSED
+    assert "worker (FlowPrefill 1) speaks version 1, router (FlowPrefill 0.9) speaks version 9" in said.text
+    assert said.text.endswith("upgrade worker")
+    assert isinstance(goodbye.message, Goodbye), "or the router would send requests"
+
+
+def test_the_agreed_version_may_be_older_than_the_newest() -> None:
+    newer = replace(HELLO, protocol=PROTOCOL_VERSION + 2, oldest_protocol=PROTOCOL_VERSION)
+    session = Session(newer, hello_retry_s=0.5, refused_retry_s=30.0, leave_after_s=10.0, now=0.0)
+    session.receive(WELCOME, (), 0.1)
+    assert (session.state, session.protocol) == (State.JOINED, PROTOCOL_VERSION)
 
 
 def test_a_refusal_of_a_worker_that_was_welcomed_is_ignored() -> None:

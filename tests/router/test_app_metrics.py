@@ -194,6 +194,8 @@ async def test_tenants_workers_and_preemptions() -> None:
         assert value(samples, "running_requests") == 1
         assert value(samples, "worker_health", worker="p0", type="prefill") == 1
         assert value(samples, "worker_health", worker=one.decode.url, type="decode") == 1
+        assert value(samples, "worker_info", worker="p0", type="prefill", version="test") == 1
+        assert value(samples, "worker_info", worker=one.decode.url, type="decode", version="stand-in") == 1
         await one.prefill.leave()
         await until(lambda: one.router.dispatcher.links.registry.workers["p0"].state == "dead")
         assert await asked == 502

@@ -100,6 +100,8 @@ async def test_workers_are_listed_added_and_removed() -> None:
             ("prefill", "ready", MODEL),
             ("decode", "ready", MODEL),
         ]
+        assert [worker["version"] for worker in workers] == ["test", "stand-in"]
+        assert workers[0]["protocol"] == PROTOCOL_VERSION
         async with one.client.delete(f"{one.url}/workers", json={"url": decode.url}) as answer:
             assert answer.status == 200
         async with one.client.delete(f"{one.url}/workers", json={"url": decode.url}) as answer:

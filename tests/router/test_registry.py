@@ -8,8 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import InternalError
-from flowprefill_sglang.router.registry import FORGET_AFTER_S, Answered, Changed, Effect, Lost, PrefillRegistry, Send
+from flowprefill_sglang.router.registry import (
+    FORGET_AFTER_S,
+    Answered,
+    Changed,
+    Effect,
+    Lost,
+    PrefillRegistry,
+    Send,
+    TurnedAway,
+)
 from flowprefill_sglang.router.states import WorkerState
 from flowprefill_sglang.wire.messages import (
     PROTOCOL_VERSION,
@@ -27,6 +37,7 @@ from flowprefill_sglang.wire.messages import (
     Refused,
     Welcome,
 )
+from flowprefill_sglang.wire.versions import Versions
 from flowprefill_testing.stand_ins import hello
 
 
@@ -52,7 +63,10 @@ def sent(effects: list[Effect]) -> list[object]:
 def test_hello_is_welcomed_and_makes_ready() -> None:
     one = registry()
     effects = one.on_message(b"a", hello("a"), 5.0)
-    assert sent(effects) == [Welcome(protocol=PROTOCOL_VERSION, router="r", heartbeat_interval_s=1.0, dead_after_s=3.0)]
+    expected = Welcome(
+        protocol=PROTOCOL_VERSION, router="r", heartbeat_interval_s=1.0, dead_after_s=3.0, version=__version__
+    )
+    assert sent(effects) == [expected]
     assert [worker.name for worker in one.ready()] == ["a"]
 
 
@@ -74,12 +88,49 @@ def test_suspensions_are_counted_by_the_class_of_the_suspended_request() -> None
     assert one.preemptions == {"file": 2}
 
 
-def test_another_protocol_version_is_refused_and_not_listed() -> None:
-    one = registry()
-    (message,) = sent(one.on_message(b"a", hello("a", protocol=PROTOCOL_VERSION + 1), 0.0))
+def speaking(oldest: int, newest: int) -> PrefillRegistry:
+    return PrefillRegistry(router="r", heartbeat_interval_s=1.0, dead_after_s=3.0, spoken=Versions(oldest, newest))
+
+
+@pytest.mark.parametrize(
+    ("worker", "agreed"),
+    [((2, 4), 4), ((None, 4), 4), ((1, 2), 2), ((3, 3), 3), ((4, 9), 4), ((1, 9), 4), ((None, 2), 2)],
+)
+def test_the_newest_common_version_is_agreed(worker: tuple[int | None, int], agreed: int) -> None:
+    one = speaking(2, 4)
+    oldest, newest = worker
+    (message,) = sent(one.on_message(b"a", hello("a", protocol=newest, oldest_protocol=oldest), 0.0))
+    assert isinstance(message, Welcome)
+    assert message.protocol == one.workers["a"].protocol == agreed
+
+
+@pytest.mark.parametrize(
+    ("worker", "words"),
+    [
+        ((None, 1), ("speaks version 1", "router (FlowPrefill", "speaks versions 2 to 4", "upgrade worker a")),
+        ((5, 6), ("worker a (FlowPrefill test) speaks versions 5 to 6", "upgrade router")),
+        ((4, 3), ("speaks versions 4 to 3",)),  # nonsense is refused like any other
+    ],
+)
+def test_without_a_common_version_a_worker_is_refused_politely(worker: tuple, words: tuple[str, ...]) -> None:
+    one = speaking(2, 4)
+    oldest, newest = worker
+    effects = one.on_message(b"a", hello("a", protocol=newest, oldest_protocol=oldest), 0.0)
+    (message,) = sent(effects)
     assert isinstance(message, Refused)
-    assert str(PROTOCOL_VERSION + 1) in message.reason
+    assert (message.protocol, message.oldest_protocol, message.version) == (4, 2, __version__)
+    for part in words:
+        assert part in message.reason
+    assert effects[0] == TurnedAway("a", "test", message.reason)
     assert not one.workers
+
+
+def test_a_refused_worker_does_not_displace_the_one_of_its_name() -> None:
+    one = speaking(2, 4)
+    one.on_message(b"a", hello("a", protocol=3), 0.0)
+    (message,) = sent(one.on_message(b"b", hello("a", protocol=9, incarnation="other"), 1.0))
+    assert isinstance(message, Refused)
+    assert [worker.link for worker in one.ready()] == [b"a"]
 
 
 def test_an_unknown_link_is_told_to_say_hello_again() -> None:
