@@ -30,7 +30,7 @@ from flowprefill_sglang.integration.prefill.grammars import Grammars
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.reports import Reports
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import MAY_WAIT_S, Doorbell, News, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -104,6 +104,7 @@ class PrefillLoop:
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
         self._building_s = 0.0  # of this round: SGLang making batches
+        self._handoffs_seen_at = 0.0  # when ended handoffs were last taken in
 
     # ---- turns ------------------------------------------------------------------------------------------------
 
@@ -152,9 +153,13 @@ class PrefillLoop:
         requests need their metadata buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then
         the cache could not be flushed after a weight update either."""
         scheduler, news = self._scheduler, self._news
+        now = time.monotonic()
+        if self._may_handoffs_wait(now):
+            if news.ended_at is not None:
+                self._gate.raise_within(MAY_WAIT_S)
+            return
+        self._handoffs_seen_at = now
         ended_at, news.ended_at = news.ended_at, None
-        if self._core.running is not None and ended_at is None and not news.is_memory_short:
-            return  # transports that report an end only when they are polled are polled between two tasks
         if (
             scheduler.disagg_prefill_inflight_queue
             and scheduler.process_disagg_prefill_inflight_queue()
@@ -162,6 +167,16 @@ class PrefillLoop:
         ):
             self._has_news(ended_at or 0.0)
             self._trigger = Trigger.KV_POOL
+
+    def _may_handoffs_wait(self, now: float) -> bool:
+        """Whether ended handoffs are better taken in later, several at once: nobody waits for what they hold."""
+        scheduler, news = self._scheduler, self._news
+        if news.is_memory_short or not scheduler.req_to_metadata_buffer_idx_allocator.available_size():
+            return False
+        if self._core.running is not None:
+            # Transports that report an end only when they are polled are polled between two tasks.
+            return news.ended_at is None
+        return bool(self._core.waiting) and now < self._handoffs_seen_at + MAY_WAIT_S
 
     def _take_in_kv_events(self) -> None:
         scheduler, news = self._scheduler, self._news
@@ -205,6 +220,7 @@ class PrefillLoop:
         self._reqs[request] = req
         self._request_of[req] = request
         self._core.arrived(request)
+        self._wakeup.pace.arrived(terms.objective_s)
         self._has_news(max(terms.sent_at, self._news.ready_at.pop(req.bootstrap_room, 0.0)))
         self._trigger = Trigger.ARRIVAL
         self._journal.arrived(request, terms.dispatch_rid, now)

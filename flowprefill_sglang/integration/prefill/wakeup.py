@@ -5,13 +5,15 @@ A request can be prefilled once its message has come *and* its decode instance i
 which every transfer backend calls from its own threads. Only what can change a decision stops the running task at its
 next boundary: the second of the two, a failed handoff, or one that ended while memory is short. Anything else (the
 first of the two, a control request, a handoff that ended well) stops it after ``MAY_WAIT_S``, and is otherwise taken in
-when the task stops or ends by itself: a stop costs some tenths of a millisecond, and a request would make three.
+when the task stops or ends by itself: a stop costs up to a millisecond, and a request would make three. And requests
+that come in a burst share their stops: see ``Pace``.
 
 ``Wakeup`` is the loop's own bed: it sleeps on the sockets and on an eventfd, and gets up for either.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -34,11 +36,45 @@ MAY_WAIT_S = 0.02
 """How long what changes no decision may wait for the running task's end before it stops that task."""
 
 
+SHARE_OF_OBJECTIVE = 0.01
+"""What a request may wait, of the tightest objective seen lately, because the loop has just looked for news."""
+_REMEMBERED = 256
+"""Arrivals that the tightest objective is taken of, at least; twice as many at most."""
+
+
+class Pace:
+    """How soon after the loop has looked for news a running task may be stopped for more of it.
+
+    One arrival stops the running task at once. In a burst each would, and a stop costs up to a millisecond of the
+    engine's time: so there is at most one stop in ``spacing_s``, a hundredth of the tightest objective that requests
+    have had lately and never more than ``MAY_WAIT_S``. The objective of the request at the door is not known before it
+    is taken in, hence that of its predecessors. Owned by the scheduler's thread; ``spacing_s`` may be read from any.
+    """
+
+    def __init__(self) -> None:
+        self.spacing_s = MAY_WAIT_S
+        self._tightest_s = self._tightest_before_s = math.inf
+        self._counted = 0
+
+    def arrived(self, objective_s: float) -> None:
+        """A request with this objective has come."""
+        if self._counted == _REMEMBERED:
+            self._tightest_before_s, self._tightest_s, self._counted = self._tightest_s, math.inf, 0
+        self._counted += 1
+        self._tightest_s = min(self._tightest_s, objective_s)
+        self.spacing_s = min(MAY_WAIT_S, SHARE_OF_OBJECTIVE * min(self._tightest_s, self._tightest_before_s))
+
+
 class Wakeup:
     """Owned by the scheduler's thread; those that ask for it may be called from any."""
 
-    def __init__(self, sockets: Iterable[zmq.Socket[bytes]], gate: Gate) -> None:
+    def __init__(
+        self, sockets: Iterable[zmq.Socket[bytes]], gate: Gate, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._gate = gate
+        self._clock = clock
+        self.pace = Pace()
+        self._looked_at = -math.inf
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._eventfd, zmq.POLLIN)
@@ -46,8 +82,13 @@ class Wakeup:
             self._poller.register(socket, zmq.POLLIN)
 
     def now_please(self) -> None:
-        """Stop the running task at its next boundary, or get the loop up if it sleeps."""
-        self._gate.raise_flag()
+        """Stop the running task at its next boundary, a little later if the loop has looked for news just now, or get
+        the loop up if it sleeps."""
+        early_s = self._looked_at + self.pace.spacing_s - self._clock()
+        if early_s > 0:
+            self._gate.raise_within(early_s)
+        else:
+            self._gate.raise_flag()
         self._if_asleep()
 
     def soon_please(self) -> None:
@@ -61,6 +102,7 @@ class Wakeup:
     def clear(self) -> None:
         """Forget what has been asked so far; called before looking at what there is to do, never after."""
         self._gate.clear()
+        self._looked_at = self._clock()
         with suppress(BlockingIOError):
             os.eventfd_read(self._eventfd)
 

@@ -9,7 +9,7 @@ import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from flowprefill_sglang.integration.prefill import wakeup
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Pace, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_testing.gates import Clock, stops
 
@@ -28,8 +28,8 @@ def gate(clock: Clock) -> Gate:
 
 
 @pytest.fixture
-def bed(gate: Gate) -> Iterator[Wakeup]:
-    bed = Wakeup([], gate)
+def bed(gate: Gate, clock: Clock) -> Iterator[Wakeup]:
+    bed = Wakeup([], gate, clock)
     yield bed
     bed.close()
 
@@ -43,8 +43,45 @@ def seconds(function, *arguments: object) -> float:
 def test_a_call_before_the_sleep_is_not_lost(bed: Wakeup, gate: Gate) -> None:
     bed.clear()
     bed.now_please()
-    assert gate.is_raised
     assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_the_first_of_a_burst_stops_at_once_and_the_others_together(bed: Wakeup, gate: Gate, clock: Clock) -> None:
+    bed.pace.arrived(objective_s=0.5)  # so 5 ms
+    bed.clear()
+    clock.now += 0.005
+    bed.now_please()
+    assert gate.is_raised
+    bed.clear()  # the loop has had its look
+    bed.now_please()
+    clock.now += 0.004
+    bed.now_please()
+    assert not gate.is_raised
+    assert not stops(gate)
+    clock.now += 0.001
+    assert stops(gate)
+
+
+def test_a_sleeping_loop_gets_up_for_each_of_a_burst(bed: Wakeup) -> None:
+    for _ in range(3):
+        bed.clear()
+        bed.now_please()
+        assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_the_pace_is_that_of_the_tightest_objective_of_late() -> None:
+    pace = Pace()
+    assert pace.spacing_s == wakeup.MAY_WAIT_S  # nobody has come yet
+    pace.arrived(600)
+    assert pace.spacing_s == wakeup.MAY_WAIT_S
+    pace.arrived(0.25)
+    pace.arrived(600)
+    assert pace.spacing_s == pytest.approx(0.0025)
+    arrivals = 0
+    while pace.spacing_s < wakeup.MAY_WAIT_S:
+        pace.arrived(600)
+        arrivals += 1
+    assert 256 <= arrivals <= 512
 
 
 def test_a_call_during_the_sleep_ends_it(bed: Wakeup) -> None:
