@@ -52,6 +52,7 @@ class Bench:
     """One model that can be interrupted."""
 
     def __init__(self, options: argparse.Namespace, longest: int) -> None:
+        torch.set_grad_enabled(False)  # for hub and tasks alike, or no task may stop
         self.is_cuda = options.device == "cuda"
         name = options.model if self.is_cuda else TINY
         settings: dict[str, Any] = {"max_total_tokens": longest + SLACK_TOKENS, "chunked_prefill_size": -1}

@@ -1,6 +1,6 @@
 """From the arrival of an urgent prompt until its first kernel, against the length of the prompt that is computed then.
 
-One long prompt at a time, and one arrival at a random moment of it. On a GPU both moments are CUDA events. ``budget``
+One long prompt at a time, and some arrivals at random moments of it. On a GPU both moments are CUDA events. ``budget``
 is FlowPrefill, ``synchronise`` waits for the device at every boundary (the paper's way), ``unbounded`` lets the device
 run ahead, and ``stock-2048`` are SGLang's own forward passes of chunks of 2,048 tokens, where the urgent prompt waits
 for the running chunk only: the best that chunks can do, since stock SGLang goes on with the next one.
@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kit_engine
@@ -22,10 +23,12 @@ from flowprefill_sglang.prefill_worker.settings import RunAheadKind
 
 URGENT_TOKENS = 16
 STOCK = "stock"
+MOST_ARRIVALS, FEWEST_TOKENS = 10, 4_096
+"""Arrivals in one long prompt: one for each so many tokens of it, and at most so many."""
 
 
 def main() -> int:
-    """Measure and write."""
+    """Measure and write; 1 when some way met no arrival."""
     parser = argparse.ArgumentParser(description=__doc__)
     kit_engine.add_arguments(parser)
     options = parser.parse_args()
@@ -43,19 +46,22 @@ def main() -> int:
             for way in ways:
                 if time.monotonic() > deadline_at:
                     break
-                delay_s = rng.uniform(0.05, 0.9) * alone_s[length]
+                many = max(1, min(MOST_ARRIVALS, length // FEWEST_TOKENS))
+                delays_s = [rng.uniform(0.1, 0.9) * alone_s[length] / many for _ in range(many)]
                 blocked_ms = (
-                    behind_chunks(bench, length, chunk, delay_s)
+                    behind_chunks(bench, length, chunk, delays_s)
                     if way.startswith(STOCK)
-                    else behind_task(bench, length, RunAheadKind(way), delay_s)
+                    else behind_task(bench, length, RunAheadKind(way), delays_s)
                 )
-                if blocked_ms is not None:
-                    rows.append({"turn": turn, "tokens": length, "way": way, "blocked_ms": round(blocked_ms, 4)})
+                rows += [
+                    {"turn": turn, "tokens": length, "way": way, "blocked_ms": round(value, 4)} for value in blocked_ms
+                ]
     summary = [summarise(rows, length, way, alone_s[length]) for length in lengths for way in ways]
     kit_engine.write(options, {"summary": summary, "rows": rows})
     for row in summary:
         print(row)
-    return 0
+    met = {row["way"] for row in rows}
+    return 0 if met == set(ways) else 1
 
 
 def summarise(rows: list[dict[str, Any]], length: int, way: str, alone_s: float) -> dict[str, Any]:
@@ -67,29 +73,35 @@ def summarise(rows: list[dict[str, Any]], length: int, way: str, alone_s: float)
     return row
 
 
-def behind_task(bench: kit_engine.Bench, length: int, kind: RunAheadKind, delay_s: float) -> float | None:
-    """None when the long prompt had ended before the arrival was noticed."""
-    device, moments = bench.device(kind), kit_engine.Moments(bench.is_cuda)
+def behind_task(bench: kit_engine.Bench, length: int, kind: RunAheadKind, delays_s: Sequence[float]) -> list[float]:
+    """One value for each arrival that met the long prompt, each so long after the one before it."""
+    device = bench.device(kind)
     long = bench.prompt(length)
     task, cost = bench.task(long), bench.cost(length)
-
-    def arrive() -> None:
-        moments.arrival()
-        bench.gate.raise_flag()
-
-    timer = threading.Timer(delay_s, arrive)
+    blocked_ms: list[float] = []
     bench.synchronise()
-    timer.start()
-    device.runs(cost)
-    has_ended = task.advance()
-    device.stopped(has_ended=has_ended)
-    blocked_ms = None
-    if not has_ended:
-        blocked_ms = run_urgent(bench, moments)
-    timer.join()
+    for delay_s in delays_s:
+        moments = kit_engine.Moments(bench.is_cuda)
+        timer = threading.Timer(delay_s, arrive, (moments, bench.gate.raise_flag))
+        timer.start()
+        device.runs(cost)
+        has_ended = task.advance()
+        device.stopped(has_ended=has_ended)
+        if not has_ended:
+            blocked_ms.append(run_urgent(bench, moments))
+        timer.join()
+        bench.gate.clear()
+        if has_ended:
+            break
     bench.finish(task, device, cost)
     bench.engine.release(long, keep=False)
     return blocked_ms
+
+
+def arrive(moments: kit_engine.Moments, tell: Callable[[], None]) -> None:
+    """On a thread of its own."""
+    moments.arrival()
+    tell()
 
 
 def run_urgent(bench: kit_engine.Bench, moments: kit_engine.Moments) -> float:
@@ -103,26 +115,25 @@ def run_urgent(bench: kit_engine.Bench, moments: kit_engine.Moments) -> float:
     return moments.between_ms()
 
 
-def behind_chunks(bench: kit_engine.Bench, length: int, chunk: int, delay_s: float) -> float | None:
+def behind_chunks(bench: kit_engine.Bench, length: int, chunk: int, delays_s: Sequence[float]) -> list[float]:
     """The same with SGLang's chunks."""
-    moments, arrived = kit_engine.Moments(bench.is_cuda), threading.Event()
-    long, blocked_ms = bench.prompt(length), None
-
-    def arrive() -> None:
-        moments.arrival()
-        arrived.set()
-
-    timer = threading.Timer(delay_s, arrive)
+    long, blocked_ms, left = bench.prompt(length), list[float](), list(delays_s)
+    waiting: tuple[kit_engine.Moments, threading.Event, threading.Timer] | None = None
     bench.synchronise()
-    timer.start()
     for begin in range(0, length, chunk):
+        if waiting is None and left:
+            moments, arrived = kit_engine.Moments(bench.is_cuda), threading.Event()
+            waiting = moments, arrived, threading.Timer(left.pop(), arrive, (moments, arrived.set))
+            waiting[2].start()
         bench.engine.run(bench.engine.batch([long], chunk_tokens=chunk))
-        is_last = begin + chunk >= length
-        if not is_last:
-            bench.engine.checkpoint(long)
-            if blocked_ms is None and arrived.is_set():
-                blocked_ms = run_urgent(bench, moments)
-    timer.join()
+        if begin + chunk >= length:
+            break
+        bench.engine.checkpoint(long)
+        if waiting is not None and waiting[1].is_set():
+            blocked_ms.append(run_urgent(bench, waiting[0]))
+            waiting = None
+    if waiting is not None:
+        waiting[2].join()
     bench.engine.release(long, keep=False)
     return blocked_ms
 

@@ -30,20 +30,19 @@ def main() -> int:
     bench = kit_engine.Bench(options, 2 * sum(lengths))
     rng, deadline_at = random.Random(options.seed), time.monotonic() + options.seconds
     prompts = [[rng.randrange(97, 123) for _ in range(length)] for length in lengths]
-    with torch.no_grad():
-        first, second = ([alone(bench, prompt) for prompt in prompts] for _ in range(2))
-        rows: list[dict[str, Any]] = []
-        for number in range(schedules):
-            if time.monotonic() > deadline_at:
-                break
-            kind = (RunAheadKind.BUDGET, RunAheadKind.UNBOUNDED)[number % 2]
-            found, stops = interleaved(bench, prompts, rng, kind)
-            row: dict[str, Any] = {"schedule": number, "run_ahead": kind.value, "stops": stops}
-            for part, name in enumerate(("logits", "kv")):
-                noise = max(distance(a[part], b[part]) for a, b in zip(first, second, strict=True))
-                off = max(distance(a[part], b[part]) for a, b in zip(first, found, strict=True))
-                row |= {f"{name}_noise": noise, f"{name}_off": off, f"{name}_ok": off <= TOLERANCE * noise}
-            rows.append(row)
+    first, second = ([alone(bench, prompt) for prompt in prompts] for _ in range(2))
+    rows: list[dict[str, Any]] = []
+    for number in range(schedules):
+        if time.monotonic() > deadline_at:
+            break
+        kind = (RunAheadKind.BUDGET, RunAheadKind.UNBOUNDED)[number % 2]
+        found, stops = interleaved(bench, prompts, rng, kind)
+        row: dict[str, Any] = {"schedule": number, "run_ahead": kind.value, "stops": stops}
+        for part, name in enumerate(("logits", "kv")):
+            noise = max(distance(a[part], b[part]) for a, b in zip(first, second, strict=True))
+            off = max(distance(a[part], b[part]) for a, b in zip(first, found, strict=True))
+            row |= {f"{name}_noise": noise, f"{name}_off": off, f"{name}_ok": off <= TOLERANCE * noise}
+        rows.append(row)
     is_right = bool(rows) and all(row["logits_ok"] and row["kv_ok"] and row["stops"] for row in rows)
     exact = all(row["logits_off"] == row["kv_off"] == 0 for row in rows)
     summary = {"schedules": len(rows), "stops": sum(row["stops"] for row in rows), "ok": is_right, "bit_equal": exact}

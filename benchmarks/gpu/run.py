@@ -28,8 +28,8 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "environment": ("part_environment.py", ()),
     "correctness-triton": ("part_correctness.py", ("--backend", "triton", "--layers", "8")),
     "correctness-flashinfer": ("part_correctness.py", ("--backend", "flashinfer", "--layers", "8")),
-    "blocking": ("part_blocking.py", ()),
-    "throughput": ("part_throughput.py", ()),
+    "blocking": ("part_blocking.py", ("--layers", "8")),
+    "throughput": ("part_throughput.py", ("--layers", "16")),
     "kernels": ("part_kernels.py", ()),
     "goodput": ("part_goodput.py", ()),
 }

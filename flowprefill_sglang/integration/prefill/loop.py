@@ -34,11 +34,10 @@ from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
-from flowprefill_sglang.prefill_worker.drained_events import DrainedEvents
 from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 from flowprefill_sglang.prefill_worker.journal import Journal
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
-from flowprefill_sglang.prefill_worker.run_ahead import Cost, RunAhead
+from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
 from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
@@ -67,8 +66,6 @@ class Begun:
     forward: ForwardTask[GenerationBatchResult]
     activation_bytes: int
     """Bound on what it holds while it is suspended."""
-    cost: Cost
-    """Predicted, of the whole pass."""
 
 
 class PrefillLoop:
@@ -89,12 +86,9 @@ class PrefillLoop:
     ) -> None:
         self._scheduler = scheduler
         self._core = core
-        self._gate = gate
-        self._state = state
-        self._reports = Reports(reporter, gate)
-        self._device = device
-        self._events = DrainedEvents(reporter.record, device)
-        self._journal = Journal(self._events)
+        self._gate, self._state, self._device = gate, state, device
+        self._reports = Reports(reporter, gate, device)
+        self._journal = Journal(self._reports.record)
         self._news = news
         self._memory = memory
         self._settings = settings
@@ -133,7 +127,6 @@ class PrefillLoop:
     def _turn(self) -> None:
         scheduler = self._scheduler
         self._wakeup.clear()
-        self._events.settle()
         self._news_at = None
         self._take_in_ended_handoffs()
         if self._news.has_message or self._core.running is None:  # a task is stopped for a decode instance alone, too
@@ -187,8 +180,6 @@ class PrefillLoop:
     def _idle(self) -> None:
         scheduler = self._scheduler
         scheduler._sched_idled = True
-        self._device.drain()
-        self._events.settle()
         scheduler.on_idle()
         if self._news.is_memory_short and not scheduler.disagg_prefill_inflight_queue:
             # Nothing under way will free memory and tell us: look again, in case something else has freed it.
@@ -347,9 +338,7 @@ class PrefillLoop:
         task = self._core.started(requests, extents, now)
         run = partial(self._scheduler.run_batch, batch.schedule_batch)
         activation_bytes = self._memory.activation_bytes(task.new_tokens, task.cached_tokens)
-        overhead_s, tokens_s, attention_s = self._core.predictor.parts(extents)
-        cost = Cost(attention_s, overhead_s + tokens_s)
-        self._begun[task] = Begun(batch, ForwardTask(run, self._gate, self._state), activation_bytes, cost)
+        self._begun[task] = Begun(batch, ForwardTask(run, self._gate, self._state), activation_bytes)
         self._journal.started(task, now)
 
     # ---- running ----------------------------------------------------------------------------------------------
@@ -358,7 +347,7 @@ class PrefillLoop:
         """Run a task until it ends or an event stops it."""
         begun = self._begun[task]
         self._scheduler.cur_batch_for_debug = begun.batch.schedule_batch  # arms SGLang's watchdog
-        self._device.runs(begun.cost)
+        self._device.runs(task.cost)
         has_ended = begun.forward.advance()
         self._stopped_at = self._device.stopped(has_ended=has_ended)
         self._scheduler.cur_batch_for_debug = None
@@ -397,8 +386,6 @@ class PrefillLoop:
                 assert self._core.running is not None
                 self._advance(self._core.running)
         finally:
-            self._device.drain()  # what was discarded before may still be in flight
-            self._events.settle()
             self._reports.send()  # there may be no round for long: a paused engine takes none
 
     def begun_reqs(self) -> list[Req]:
