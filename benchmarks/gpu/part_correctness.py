@@ -43,7 +43,7 @@ def main() -> int:
             off = max(distance(a[part], b[part]) for a, b in zip(first, found, strict=True))
             row |= {f"{name}_noise": noise, f"{name}_off": off, f"{name}_ok": off <= TOLERANCE * noise}
         rows.append(row)
-    is_right = bool(rows) and all(row["logits_ok"] and row["kv_ok"] and row["stops"] for row in rows)
+    is_right = any(row["stops"] for row in rows) and all(row["logits_ok"] and row["kv_ok"] for row in rows)
     exact = all(row["logits_off"] == row["kv_off"] == 0 for row in rows)
     summary = {"schedules": len(rows), "stops": sum(row["stops"] for row in rows), "ok": is_right, "bit_equal": exact}
     kit_engine.write(options, {"summary": summary, "rows": rows})
