@@ -10,17 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
+
 
 class Gate:
     """What a boundary checks; one per scheduler process."""
 
-    __slots__ = ("_clock", "_due_at", "_look", "_suspend", "boundaries", "is_closed", "is_raised")
+    __slots__ = ("_clock", "_due_at", "_look", "_suspend", "boundaries", "device", "is_closed", "is_raised")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._look: Callable[[], bool] | None = None
         self._suspend: Callable[[], None] | None = None
         self._due_at: float | None = None
+        self.device: RunAhead | None = None
+        """What must not fall far behind; None where the host computes itself. Operators tell it what they launch."""
         self.is_raised = False
         """Whether an event wants a scheduling round."""
         self.boundaries = 0
@@ -50,16 +54,24 @@ class Gate:
         self._look = look
 
     def cross(self) -> None:
-        """Stop the running task here if an event is pending. Returns at once when nothing may stop here."""
+        """Wait until the device is near, and stop the running task here if an event is pending. Returns at once when
+        nothing may stop here."""
         if self.is_closed:
             return
         self.boundaries += 1
+        if self.device is not None:
+            self.device.hold(self._is_wanted)
         if (
             self.is_raised
             or (self._due_at is not None and self._clock() >= self._due_at)
             or (self._look is not None and self._look())
         ) and self._suspend is not None:
             self._suspend()
+            if self.device is not None:
+                self.device.hold(_never)  # others have run since, or the stop was postponed
+
+    def _is_wanted(self) -> bool:
+        return self.is_raised or (self._due_at is not None and self._clock() >= self._due_at)
 
     def open(self, suspend: Callable[[], None]) -> None:
         """A task is about to run on this thread; ``suspend``, called inside of it, stops it."""
@@ -70,3 +82,7 @@ class Gate:
         """No task is running any more."""
         self._suspend = None
         self.is_closed = True
+
+
+def _never() -> bool:
+    return False

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from flowprefill_sglang.core.policies import POLICIES
-from flowprefill_sglang.flag_values import count, positive_seconds, seconds
-from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
+from flowprefill_sglang.flag_values import count, factor, positive_seconds, seconds
+from flowprefill_sglang.prefill_worker.settings import RunAheadKind, SchedulerKind, SchedulerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,20 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         help="most new tokens of a batch of several requests (default: %(default)s)",
     )
     group.add_argument(
+        "--max-blocking-ms",
+        type=factor,
+        default=defaults.max_blocking_ms,
+        metavar="MS",
+        help="how long a running prefill may keep a GPU once it should stop (default: %(default)s)",
+    )
+    group.add_argument(
+        "--run-ahead",
+        type=RunAheadKind,
+        choices=list(RunAheadKind),
+        default=defaults.run_ahead,
+        help="how far a GPU may be behind; all but the default are for comparison (default: %(default)s)",
+    )
+    group.add_argument(
         "--cost-file",
         default=defaults.cost_file,
         metavar="FILE",
@@ -116,6 +130,8 @@ def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
         max_wait_s=namespace.max_wait_secs,
         max_suspend_s=namespace.max_suspend_secs,
         batch_tokens=namespace.batch_tokens,
+        max_blocking_ms=namespace.max_blocking_ms,
+        run_ahead=namespace.run_ahead,
         cost_file=namespace.cost_file,
     )
     return WorkerConfig(

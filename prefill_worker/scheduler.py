@@ -29,6 +29,7 @@ from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
+from flowprefill_sglang.prefill_worker.run_ahead import Cost
 
 MIN_REMAINING_SHARE = 0.02
 """A task that has run longer than predicted still has this share of its prediction to go, as far as anyone knows."""
@@ -81,6 +82,8 @@ class Task:
     rest_s: float
     """Predicted time of the chunks that will follow it."""
     candidate: Candidate
+    cost: Cost
+    """``predicted_s`` in parts."""
     executed_s: float = 0.0
     preemptions: int = 0
     runs_since: float | None = None
@@ -182,7 +185,9 @@ class PrefillScheduler:
         for request in requests:
             self.withdrawn(request)
             request.candidate.standing = Standing.RUNNING
-        predicted_s = self.predictor.seconds(extents)
+        overhead_s, tokens_s, attention_s = self.predictor.parts(extents)
+        cost = Cost(attention_s, overhead_s + tokens_s)
+        predicted_s = sum(cost)
         rests = [
             Extent(request.new_tokens - extent.new_tokens, request.cached_tokens + extent.new_tokens)
             for request, extent in zip(requests, extents, strict=True)
@@ -203,6 +208,7 @@ class PrefillScheduler:
                 priority=max(request.priority for request in requests),
                 is_promoted=any(request.candidate.is_promoted for request in requests),
             ),
+            cost=cost,
         )
         self._tasks[task.candidate] = task
         self._insert(task.candidate)

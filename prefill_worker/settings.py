@@ -25,6 +25,17 @@ class SchedulerKind(StrEnum):
     """SGLang's own event loop, for comparison."""
 
 
+class RunAheadKind(StrEnum):
+    """How far a GPU may be behind the scheduler that feeds it. Nothing on a CPU."""
+
+    BUDGET = "budget"
+    """Up to half of ``max_blocking_ms``."""
+    SYNCHRONISE = "synchronise"
+    """Not at all: the device is waited for at every boundary, as the paper's implementation does. For comparison."""
+    UNBOUNDED = "unbounded"
+    """As far as it comes, so that a boundary stops nothing that was launched. For comparison."""
+
+
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the scheduler process needs to know beside SGLang's own flags."""
 
@@ -45,6 +56,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Most tasks begun and not ended. Each holds activations and a slot of the attention backend."""
     activation_fraction: float = 0.5
     """Share of the memory that is free after start-up which suspended tasks' activations may take."""
+    max_blocking_ms: float = 2.0
+    """How long a running forward pass may keep the device once it should stop. 2: a hundredth of the tightest
+    objective in the paper's workload, and some operators of a long prompt."""
+    run_ahead: RunAheadKind = RunAheadKind.BUDGET
     cost_file: str | None = None
     """Cost model made by ``flowprefill profile``; None: the one kept for this model and hardware, or else a short
     calibration at start-up."""
@@ -57,6 +72,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             "batch_tokens must be at least 1": self.batch_tokens < 1,
             "slack_fraction must be between 0 and 1": not 0 <= self.slack_fraction <= 1,
             "max_tasks must be at least 1": self.max_tasks < 1,
+            "max_blocking_ms must be positive": not self.max_blocking_ms > 0,
             "activation_fraction must be above 0 and at most 1": not 0 < self.activation_fraction <= 1,
         }
         for problem, applies in problems.items():

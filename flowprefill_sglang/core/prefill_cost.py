@@ -125,14 +125,19 @@ class Predictor:
 
     def seconds(self, extents: Iterable[Extent]) -> float:
         """Predicted seconds of one forward of this batch, corrected; 0 for an empty batch."""
+        overhead, tokens, attention = self.parts(extents)
+        return overhead + tokens + attention
+
+    def parts(self, extents: Iterable[Extent]) -> tuple[float, float, float]:
+        """The same in the parts of ``CostModel.parts``."""
         overhead, tokens, attention = self.model.parts(extents)
         factors = self._factors
-        return overhead * factors[0] + tokens * factors[1] + attention * factors[2]
+        return overhead * factors[0], tokens * factors[1], attention * factors[2]
 
     def observe_batch(self, extents: Iterable[Extent], measured_s: float) -> None:
         """Learn from one forward and how long it took on the device, without the time it was suspended. What is not
         positive and finite teaches nothing."""
-        parts = [part * factor for part, factor in zip(self.model.parts(extents), self._factors, strict=True)]
+        parts = self.parts(extents)
         predicted_s = sum(parts)
         if predicted_s > 0:
             self._learn([part / predicted_s for part in parts], predicted_s, measured_s)

@@ -54,11 +54,12 @@ def _register() -> None:
 
 def _scheduler_hooks(settings: SchedulerSettings) -> list[Hook]:
     """What a prefill worker's processes get beside."""
+    from flowprefill_sglang.integration.preemption import prefill_graphs
     from flowprefill_sglang.integration.prefill import control, start, stock_recorder, wakeup
 
     if settings.kind is SchedulerKind.STOCK:
         return stock_recorder.hooks(settings)
-    return [*start.hooks(settings), *control.hooks(), *wakeup.hooks()]
+    return [*start.hooks(settings), *control.hooks(), *wakeup.hooks(), *prefill_graphs.hooks()]
 
 
 def require_loaded() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from flowprefill_sglang.prefill_worker import config
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.settings import RunAheadKind
 
 
 def parse(*words: str) -> WorkerConfig:
@@ -18,6 +19,11 @@ def parse(*words: str) -> WorkerConfig:
 def test_flags() -> None:
     words = ("--router", "tcp://[fd00::1]:30100", "--name", "w7", "--shutdown-drain-secs", "0.5")
     assert parse(*words) == WorkerConfig(router="tcp://[fd00::1]:30100", name="w7", leave_after_s=0.5)
+
+
+def test_how_long_a_prefill_may_block() -> None:
+    parsed = parse("--router", "tcp://h:1", "--max-blocking-ms", "0.5", "--run-ahead", "synchronise").scheduler
+    assert (parsed.max_blocking_ms, parsed.run_ahead) == (0.5, RunAheadKind.SYNCHRONISE)
 
 
 def test_defaults() -> None:

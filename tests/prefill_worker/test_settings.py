@@ -52,6 +52,8 @@ def test_the_defaults_can_work() -> None:
         ({"slack_fraction": 1.5}, "slack_fraction"),
         ({"slack_fraction": float("nan")}, "slack_fraction"),
         ({"max_tasks": 0}, "max_tasks"),
+        ({"max_blocking_ms": 0.0}, "max_blocking_ms"),
+        ({"max_blocking_ms": float("nan")}, "max_blocking_ms"),
         ({"activation_fraction": 0.0}, "activation_fraction"),
         ({"activation_fraction": 1.01}, "activation_fraction"),
     ],

@@ -71,16 +71,29 @@ def ensure_boundaries(model: torch.nn.Module, gate: Gate) -> tuple[int, int]:
     """
     whole = [layer for layer in _decoder_layers(model) if not any(_is_bounded(module) for module in layer.modules())]
     for layer in whole:
-        layer.forward = _bounded(layer.forward, gate)
+        layer.forward = _bounded(layer.forward, gate, layer)
     return sum(_is_bounded(module) for module in model.modules()), len(whole)
 
 
-def _bounded(function: Callable[..., Any], gate: Gate) -> Callable[..., Any]:
+def boundary_owners(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules of a model at whose entry a forward pass can be stopped, without those inside of one."""
+    for child in model.children():
+        if _is_bounded(child):
+            yield child
+        else:
+            yield from boundary_owners(child)
+
+
+def _bounded(function: Callable[..., Any], gate: Gate, owner: object = None) -> Callable[..., Any]:
+    """``owner``: of a bound function; else it is the first argument."""
+
     @wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
         if is_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
             return function(*args, **kwargs)
         gate.cross()
+        if gate.device is not None:
+            gate.device.launched(args[0] if owner is None else owner, 1.0)
         gate.is_closed = True
         try:
             return function(*args, **kwargs)

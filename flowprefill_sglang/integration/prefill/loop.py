@@ -37,6 +37,7 @@ from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 from flowprefill_sglang.prefill_worker.journal import Journal
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
+from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
 from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
@@ -81,13 +82,13 @@ class PrefillLoop:
         news: News,
         memory: PrefillMemory,
         settings: SchedulerSettings,
+        device: RunAhead,
     ) -> None:
         self._scheduler = scheduler
         self._core = core
-        self._gate = gate
-        self._state = state
-        self._reports = Reports(reporter, gate)
-        self._journal = Journal(reporter.record)
+        self._gate, self._state, self._device = gate, state, device
+        self._reports = Reports(reporter, gate, device)
+        self._journal = Journal(self._reports.record)
         self._news = news
         self._memory = memory
         self._settings = settings
@@ -362,8 +363,9 @@ class PrefillLoop:
         """Run a task until it ends or an event stops it."""
         begun = self._begun[task]
         self._scheduler.cur_batch_for_debug = begun.batch.schedule_batch  # arms SGLang's watchdog
+        self._device.runs(task.cost)
         has_ended = begun.forward.advance()
-        self._stopped_at = time.monotonic()
+        self._stopped_at = self._device.stopped(has_ended=has_ended)
         self._scheduler.cur_batch_for_debug = None
         if has_ended:
             del self._begun[task]

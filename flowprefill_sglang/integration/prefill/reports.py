@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from flowprefill_sglang.observe.events import Event
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.drained_events import DrainedEvents
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
+from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 from flowprefill_sglang.prefill_worker.scheduler import Task
 
 EVERY_S: Final = 0.02
@@ -21,20 +24,30 @@ WITHIN_S: Final = 0.2
 class Reports:
     """Owned by the scheduler's thread."""
 
-    def __init__(self, reporter: SchedulerReporter, gate: Gate) -> None:
+    def __init__(self, reporter: SchedulerReporter, gate: Gate, device: RunAhead) -> None:
         self._reporter = reporter
         self._gate = gate
+        self._device = device
+        self._events = DrainedEvents(reporter.record, device)
         self._sent_at = float("-inf")
+
+    def record(self, event: Event) -> None:
+        """Keep an event until it is sent, that of a preemption once the device has ended what was stopped."""
+        self._events(event)
 
     def send_if_due(self, now: float, running: Task | None, *, has_started: bool = False) -> None:
         """After what happened at ``now``; ``running`` goes on next, and ``has_started`` or gone on just now."""
+        self._events.settle()
         is_long = running is not None and running.predicted_s > EVERY_S
         if now - self._sent_at > EVERY_S or (is_long and has_started):
             self._sent_at = now
-            self.send()
+            self._reporter.flush()
         elif is_long and self._reporter.has_unsent:
             self._gate.raise_within(WITHIN_S)
 
     def send(self) -> None:
-        """At once: nothing may happen for long."""
+        """At once, when nothing runs and nothing may happen for long. Waits for what the device still has of tasks that
+        were suspended, or discarded."""
+        self._device.drain()
+        self._events.settle()
         self._reporter.flush()

@@ -60,6 +60,8 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.integration.preemption.forward_state import ForwardState, obstacles
     from flowprefill_sglang.integration.preemption.lora_slots import hold_adapters
     from flowprefill_sglang.integration.preemption.operator_boundaries import ensure_boundaries, install
+    from flowprefill_sglang.integration.preemption.prefill_graphs import choice
+    from flowprefill_sglang.integration.preemption.run_ahead import run_ahead
     from flowprefill_sglang.integration.preemption.self_test import interruption_fault
     from flowprefill_sglang.integration.prefill.control import control
     from flowprefill_sglang.integration.prefill.loop import PrefillLoop
@@ -98,6 +100,8 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         ),
         now=time.monotonic(),
     )
+    device, gate.device = run_ahead(model_runner, settings)
+    choice.leave_to(lambda: bool(reason) or device.is_short)  # what runs whole may as well run as a graph
     _adapt(scheduler, gate)
     loop = PrefillLoop(
         scheduler,
@@ -108,6 +112,7 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         news=news,
         memory=PrefillMemory(scheduler, settings),
         settings=settings,
+        device=device,
     )
     if model_runner.lora_manager is not None:
         hold_adapters(model_runner.lora_manager, loop.adapters_in_use)

@@ -8,6 +8,7 @@ import pytest
 from flowprefill_sglang.integration.prefill import reports
 from flowprefill_sglang.integration.prefill.reports import Reports
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.run_ahead import InStep
 from flowprefill_testing.gates import Clock, stops
 
 SHORT: Any = SimpleNamespace(predicted_s=reports.EVERY_S / 2)
@@ -18,6 +19,9 @@ class Reporter:
     def __init__(self) -> None:
         self.sent = 0
         self.has_unsent = True
+
+    def record(self, event: Any) -> None:
+        raise AssertionError("nothing happens here")
 
     def flush(self) -> None:
         self.sent += 1
@@ -41,7 +45,7 @@ def reporter() -> Reporter:
 
 @pytest.fixture
 def sending(reporter: Any, gate: Gate) -> Reports:
-    sending = Reports(reporter, gate)
+    sending = Reports(reporter, gate, InStep())
     sending.send_if_due(100.0, None)
     assert reporter.sent == 1
     reporter.has_unsent = True
