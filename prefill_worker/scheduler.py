@@ -82,6 +82,8 @@ class Task:
     """Predicted time of the chunks that will follow it."""
     candidate: Candidate
     executed_s: float = 0.0
+    charged_s: float = 0.0
+    """Of its running time, what the aging rule has been told of."""
     preemptions: int = 0
     runs_since: float | None = None
 
@@ -112,7 +114,7 @@ class Ranking:
     order: list[Candidate]
     """Everything that could run, best first."""
     promoted: int
-    """Those that the aging rule has moved ahead in this round."""
+    """Those that the aging rule has promoted in this round."""
 
 
 class PrefillScheduler:
@@ -251,12 +253,14 @@ class PrefillScheduler:
 
     def ranking(self, now: float) -> Ranking:
         """Rank everything that could run; once a round."""
+        if self.running is not None:
+            self._charge(self.running, now)
         for task in self._tasks.values():
             done_s = task.executed_until(now)
             left_s = max(task.predicted_s - done_s, task.predicted_s * MIN_REMAINING_SHARE)
             task.candidate.remaining_s = left_s + task.rest_s
         promoted = self._promotions.promote(self._in_deadline_order, now)
-        return Ranking(self._policy(self._in_deadline_order, now), promoted)
+        return Ranking(self._policy(self._in_deadline_order, now, self._promotions.claim), promoted)
 
     def batch_of(self, head: Request, others: Iterable[Candidate], now: float, kv_room_tokens: int) -> list[Request]:
         """The requests of the head's forward pass: itself, and small waiting ones from ``others``, which is the rest of
@@ -314,10 +318,18 @@ class PrefillScheduler:
         task = self.running
         if task is None:
             raise InternalError("no task is running")
+        self._charge(task, now)
         task.executed_s = task.executed_until(now)
         task.runs_since = None
         self.running = None
         return task
+
+    def _charge(self, task: Task, now: float) -> None:
+        """Tell the aging rule of the time that the running task has had since it was last told."""
+        executed_s = task.executed_until(now)
+        if task.candidate.is_promoted:
+            self._promotions.ran(executed_s - task.charged_s)
+        task.charged_s = executed_s
 
     def _drop(self, task: Task) -> None:
         del self._tasks[task.candidate]
