@@ -1,10 +1,10 @@
 """Whether the simulator says what a real cluster on this machine does: same trace, same policy, three loads.
 
-First the machine is measured, and nothing of what is compared: ``flowprefill profile`` on the core that the worker will
-compute on, and for each configuration what ``live_overheads.py`` says, with another window of the trace at the first
-load. Then each load is played to the live cluster and simulated, FlowPrefill and stock ``fcfs`` side by side, and
-attainment and mean time to first token are compared. Load is relative to the capacity that was measured: CPU seconds of
-the worker's core for all requests, as FlowPrefill spends them, over the time in which they arrive.
+First the machine is measured, and nothing of what is compared: each configuration as ``live_machine.py`` says, with
+another window of the trace, at one load. Then each load is played to the live cluster and simulated, FlowPrefill and
+stock ``fcfs`` side by side, and attainment and mean time to first token are compared. Load is relative to the capacity
+that was measured: what FlowPrefill's worker takes for all prompts one by one, gaps included, over the time in which
+they arrive.
 
     python benchmarks/simulator_validation.py --json result.json
 """
@@ -24,7 +24,8 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_overheads import ENDPOINT, Cluster, Played, measure_overheads
+from live_machine import ENDPOINT, Cluster, Played, measure_machine
+from msgspec.structs import asdict as asdict_struct
 from results_file import write_result
 
 from flowprefill_sglang.bench.objectives import Objective, median_prompts, scaled_objectives
@@ -32,7 +33,6 @@ from flowprefill_sglang.bench.probe import measure_isolated_ttft
 from flowprefill_sglang.cluster.configurations import STOCK_UNCHUNKED, flowprefill
 from flowprefill_sglang.cluster.side_by_side import LiveWorkers
 from flowprefill_sglang.core.cost_file import load as load_cost
-from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.sim.arrivals import replayed
 from flowprefill_sglang.sim.configuration import parse
 from flowprefill_sglang.sim.experiment import Experiment
@@ -46,7 +46,10 @@ TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "azure_llm_c
 SIMULATED = {"flowprefill": "feasible", STOCK_UNCHUNKED.name: "fcfs"}
 """Live configuration, and its name in the simulator."""
 LENGTH_SCALE = 0.5
-CALIBRATION_REQUESTS = 150
+CALIBRATION_REQUESTS = 200
+BUSY_SHARE = 0.45
+"""Of the calibration, by forwards alone; with what lies between them that is about the middle one of the loads that are
+compared. Work costs less the busier the machine is: caches stay warm."""
 SWITCH_S = 30e-6
 """``boundary_cost.py``'s figure for a stop and going on."""
 
@@ -102,7 +105,7 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
     configurations = [flowprefill("feasible", "--cost-file", str(cost_file)), STOCK_UNCHUNKED]
     found: list[dict[str, Any]] = []
     experiments: dict[str, Experiment] = {}
-    overheads: dict[str, Any] = {}
+    machines: dict[str, Any] = {}
     async with LiveWorkers(model, configurations) as live:
         cluster = Cluster(live)
         medians = median_prompts(window)
@@ -112,26 +115,24 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
         objectives = scaled_objectives(medians, isolated, 0.5)
         objectives_s = {name: objective.slo_ms / 1_000 for name, objective in objectives.items()}
         for name in SIMULATED:
-            # The low load of the calibration is relative to what is known so far: forwards alone.
-            span_s = other[-1].arrival_s
-            stretch = sum(cost.seconds([extent_of(row)]) for row in other) / (0.8 * loads[0] * span_s)
-            slow = [replace(row, arrival_s=row.arrival_s * stretch) for row in other]
-            its, figures = await measure_overheads(
+            its, figures = await measure_machine(
                 cluster,
                 name,
-                cost=cost,
+                profiled=cost,
                 lengths=list(medians.values()),
-                window=slow,
+                window=other,
+                busy_share=BUSY_SHARE,
                 objectives=objectives,
                 seed=options.seed,
             )
-            overheads[name] = {key: round(1e3 * value, 5) for key, value in asdict(its).items()}
-            overheads[name] = {key.removesuffix("_s") + "_ms": value for key, value in overheads[name].items()}
-            overheads[name]["measured"] = {key: round(value, 4) for key, value in figures.items()}
-            print(name, overheads[name], flush=True)
+            machines[name] = asdict(its) | {
+                "forward": asdict_struct(its.forward),
+                "measured": {key: round(value, 4) for key, value in figures.items()},
+            }
+            print(name, machines[name], flush=True)
             experiments[name] = Experiment(
                 workload=replayed(window),
-                machine=its.machine(cost, layers),
+                machine=its.machine(layers),
                 objectives_s=objectives_s,
                 switch_s=SWITCH_S,
                 seed=options.seed,
@@ -150,17 +151,13 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
     return {
         "trace": {"file": trace.name, "sha256": trace.sha256, "first_row": first, "length_scale": LENGTH_SCALE},
         "pinned": is_pinned,
-        "cost": {name: getattr(cost, name) for name in cost.__struct_fields__},
-        "overheads": overheads,
+        "profiled": asdict_struct(cost),
+        "calibration_busy_share": BUSY_SHARE,
+        "machines": machines,
         "objectives": {name: round(objective.slo_ms, 2) for name, objective in objectives.items()},
         "mean": means(found),
         "rows": found,
     }
-
-
-def extent_of(row: TraceRequest) -> Extent:
-    """A whole prompt."""
-    return Extent(row.input_tokens)
 
 
 def compared(played: Played, tally: Tally, objectives: Mapping[str, Objective]) -> dict[str, Any]:
@@ -179,7 +176,7 @@ def compared(played: Played, tally: Tally, objectives: Mapping[str, Objective]) 
         "simulated_core_s": round(tally.busy_s, 3),
         "host_cpu_s": round(played.host_cpu_s, 3),
         "took_s": round(played.took_s, 3),
-        "forwards": len(played.forwards),
+        "forwards": len(played.forwards()),
         "simulated_forwards": tally.forwards,
     }
 

@@ -26,6 +26,7 @@ from itertools import count
 from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.forecast import Forecast
 from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
@@ -33,6 +34,8 @@ from flowprefill_sglang.errors import InternalError
 MIN_REMAINING_SHARE = 0.02
 """A task that has run longer than predicted still has this share of its prediction to go, as far as anyone knows."""
 
+FORECAST_INTERVAL_S = 1.0
+"""How old the waiting requests' ``set_aside`` may be: it follows arrivals of a minute, and a round is to be short."""
 RATIO_STEP = 0.02
 """Predictions of waiting requests are made anew when the predictor's correction has moved by this much."""
 
@@ -136,6 +139,8 @@ class PrefillScheduler:
         self._joins_in_sedf_order = POLICIES[policy] is feasible
         self._policy = with_aging(POLICIES[policy])
         self._promotions = Promotions(aging, now)
+        self._forecast = Forecast(now)
+        self._forecast_at = now
         self._in_deadline_order: list[Candidate] = []
         self._requests: dict[Candidate, Request] = {}
         self._tasks: dict[Candidate, Task] = {}
@@ -170,9 +175,13 @@ class PrefillScheduler:
 
     def arrived(self, request: Request) -> None:
         """A request can be prefilled from now on."""
-        request.candidate.remaining_s = self.predictor.seconds((request.extent,))
-        self._requests[request.candidate] = request
-        self._insert(request.candidate)
+        candidate = request.candidate
+        candidate.remaining_s = self.predictor.seconds((request.extent,))
+        if candidate.standing is Standing.WAITING:
+            self._forecast.arrived(candidate.remaining_s, request.arrived_at)
+        candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
+        self._requests[candidate] = request
+        self._insert(candidate)
 
     def withdrawn(self, request: Request) -> None:
         """A request that is in no task will never be prefilled: aborted, or its decode side is gone."""
@@ -259,6 +268,11 @@ class PrefillScheduler:
             done_s = task.executed_until(now)
             left_s = max(task.predicted_s - done_s, task.predicted_s * MIN_REMAINING_SHARE)
             task.candidate.remaining_s = left_s + task.rest_s
+            task.candidate.set_aside = self._forecast.set_aside(task.candidate.remaining_s / task.candidate.promises)
+        if now - self._forecast_at > FORECAST_INTERVAL_S:
+            self._forecast_at = now
+            for candidate in self._requests:
+                candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
         promoted = self._promotions.promote(self._in_deadline_order, now)
         return Ranking(self._policy(self._in_deadline_order, now, self._promotions.claim), promoted)
 

@@ -152,10 +152,7 @@ class _Engine:
 
     def _end(self, worker: SimWorker, request: Request, last_tokens: int, now: float) -> None:
         machine = self._machine
-        passed_at = now
-        if machine.host_after_s:
-            passed_at = self._on_host(now, machine.host_after_s)
-            self._host_free_at += machine.host_rest_s
+        passed_at = self._on_host(now, machine.host_after_s) if machine.host_after_s else now
         answered_at = passed_at + machine.handoff_s(last_tokens)
         tokens = request.new_tokens + request.cached_tokens
         heapq.heappush(self._heap, (answered_at, next(self._numbers), worker, tokens))
