@@ -1,5 +1,6 @@
 """What the scheduling rules of docs/scheduling.md were chosen by: one preemptive machine in simulation, under the
-policies, under the aging limits, and with batches. No worker, no GPU; a seed gives the same figures everywhere.
+policies, under the aging limits, with time set aside, and with batches. No worker, no GPU; a seed gives the same
+figures everywhere.
 
     python benchmarks/scheduling_rules.py --json result.json
 """
@@ -22,7 +23,7 @@ from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.policies import POLICIES, sedf
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent
-from flowprefill_testing.single_machine import JobClass, Run, aged, draw, serve
+from flowprefill_testing.single_machine import JobClass, Run, aged, draw, foreseeing, serve
 
 MODEL = CostModel(base_s=0.012, short_token_s=0.0, long_token_s=4.5e-5, knee_tokens=256, pair_s=7e-10, request_s=2e-4)
 """Of the shape of a model of 8 billion parameters on a large GPU; not a measurement."""
@@ -61,6 +62,16 @@ def aging_rows(seeds: range, count: int) -> list[dict[str, Any]]:
             rows.append({"part": "aging", "load": load, "policy": "feasible", "max_share": share})
             limits = AgingLimits(max_share=share)
             rows[-1] |= summary([serve(jobs, aged(POLICIES["feasible"], limits)) for jobs in workloads])
+    return rows
+
+
+def forecast_rows(seeds: range, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for load in (0.9, 1.2, 2.0, 3.0):
+        workloads = [draw(seed, load=load, count=count) for seed in seeds]
+        for part in (0.0, 0.1, 0.2, 0.3, 0.5, 0.8):
+            rows.append({"part": "forecast", "load": load, "policy": "feasible", "set_aside": part})
+            rows[-1] |= summary([serve(jobs, foreseeing(POLICIES["feasible"], part)) for jobs in workloads])
     return rows
 
 
@@ -108,7 +119,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     seeds = range(arguments.seeds)
-    rows = aging_rows(seeds, arguments.requests) + batching_rows(seeds, arguments.requests)
+    rows = [row for part in (aging_rows, forecast_rows, batching_rows) for row in part(seeds, arguments.requests)]
     for row in rows:
         print(*(f"{key} {value}" for key, value in row.items()))
     if arguments.json is not None:

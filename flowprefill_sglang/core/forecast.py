@@ -25,20 +25,22 @@ _BUCKETS: Final = 20 * _PER_DOUBLING
 class Forecast:
     """Work that arrived lately, by the length of the request. Owned by the scheduler's state machine."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, part: float = PART) -> None:
+        self._part = part
         self._began_at = self._at = now
         self._work_s = [0.0] * _BUCKETS
         self._set_aside = [0.0] * (_BUCKETS + 1)
 
     def arrived(self, work_s: float, now: float) -> None:
-        """One request came that takes so long."""
+        """One request came that takes so long. One that came before the last counts as if it came with it."""
+        now = max(now, self._at)
         kept = math.exp((self._at - now) / MEMORY_S)
         self._at = now
         self._work_s = [kept * before_s for before_s in self._work_s]
         self._work_s[_bucket(work_s)] += work_s
         window_s = MEMORY_S * -math.expm1((self._began_at - now) / MEMORY_S)
         if window_s > 0:
-            factor = PART / max(window_s, MEMORY_S / 6)  # a few first arrivals are no rate
+            factor = self._part / max(window_s, MEMORY_S / 6)  # a few first arrivals are no rate
             self._set_aside = list(accumulate((factor * seconds for seconds in self._work_s), initial=0.0))
 
     def set_aside(self, work_s: float) -> float:

@@ -13,6 +13,7 @@ from math import inf
 
 from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.forecast import Forecast
 from flowprefill_sglang.core.policies import Policy
 
 Decide = Callable[[Sequence[Candidate], float], list[Candidate]]
@@ -106,6 +107,23 @@ def aged(policy: Policy, limits: AgingLimits) -> Decide:
         order = decide(candidates, now, promotions.claim)
         last = (order[0], now, order[0].remaining_s)
         return order
+
+    return round_
+
+
+def foreseeing(policy: Policy, part: float) -> Decide:
+    """Rounds of a scheduler that sets so much aside of what arrivals will take."""
+    forecast, seen = Forecast(0.0, part), -1
+
+    def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        nonlocal seen
+        for candidate in sorted(candidates, key=lambda one: one.key):
+            if candidate.key > seen:
+                forecast.arrived(candidate.remaining_s, candidate.arrived_at)
+                seen = candidate.key
+        for candidate in candidates:
+            candidate.set_aside = forecast.set_aside(candidate.remaining_s)
+        return policy(candidates, now)
 
     return round_
 
