@@ -94,11 +94,13 @@ def bound_rows(workload: Workload, repeat: int) -> list[dict[str, Any]]:
             for is_aging in (True, False):
                 experiment = replace(plain, is_batching=is_batching, aging=plain.aging if is_aging else patient)
                 most = experiment.bound([default], factor, window=1 << 30)
-                attainment = experiment.simulate(default, factor).attainment
+                tally = experiment.simulate(default, factor)
+                attainment = tally.attainment
                 rows.append(
                     {"part": "bound", "repeat": repeat, "load": load, "is_batching": is_batching, "is_aging": is_aging}
                     | {"attainment": round(attainment, 4), "bound": round(most, 4), "surely_alone": surely}
-                    | {"of_bound": round(attainment / most, 4)}
+                    | {"of_bound": round(attainment / most, 4), "of_surely": round(attainment / surely, 4)}
+                    | {"longest_ttft_s": round(max(one.ttft.longest_s for one in tally.classes.values()), 1)}
                 )
     return rows
 
@@ -145,6 +147,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000, help="of a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bound-only", action="store_true", help="only the distance to the bound")
     parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
@@ -153,6 +156,8 @@ def main() -> int:
     setups: Sequence[str] = SETUPS
     if options.quick:
         options.requests, options.repeats, setups = 150, 2, SETUPS[:1]
+    if options.bound_only:
+        setups = ()
     rows: list[dict[str, Any]] = []
     for repeat, workload in enumerate(workloads(options)):
         new = [row for setup in setups for row in goodput_rows(setup, workload, repeat)] + bound_rows(workload, repeat)
@@ -169,7 +174,7 @@ def main() -> int:
         measured = {
             "requests": options.requests,
             "trace": trace,
-            "objectives_s": {setup: objectives_s(load_machine(setup)) for setup in setups},
+            "objectives_s": {setup: objectives_s(load_machine(setup)) for setup in setups or (DEFAULT_COST_MODEL,)},
             "ratios": found,
             "rows": rows,
         }

@@ -1,5 +1,6 @@
 """What the scheduling rules of docs/scheduling.md were chosen by: one preemptive machine in simulation, under the
-policies, under the aging limits, and with batches. No worker, no GPU; a seed gives the same figures everywhere.
+policies, under the aging limits, with time set aside, and with batches. No worker, no GPU; a seed gives the same
+figures everywhere.
 
     python benchmarks/scheduling_rules.py --json result.json
 """
@@ -17,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from results_file import write_result
 
-from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
+from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
-from flowprefill_sglang.core.policies import POLICIES, Policy, sedf
+from flowprefill_sglang.core.policies import POLICIES, sedf
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent
-from flowprefill_testing.single_machine import Decide, JobClass, Run, draw, serve
+from flowprefill_testing.single_machine import JobClass, Run, aged, draw, foreseeing, serve
 
 MODEL = CostModel(base_s=0.012, short_token_s=0.0, long_token_s=4.5e-5, knee_tokens=256, pair_s=7e-10, request_s=2e-4)
 """Of the shape of a model of 8 billion parameters on a large GPU; not a measurement."""
@@ -39,35 +40,38 @@ MIXED_PROMPTS = (
 )
 
 
-def aged(policy: Policy, limits: AgingLimits) -> Decide:
-    promotions, decide = Promotions(limits, now=0.0), with_aging(policy)
-
-    def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
-        promotions.promote(candidates, now)
-        return decide(candidates, now)
-
-    return round_
-
-
-def summary(runs: list[Run]) -> dict[str, float]:
+def summary(runs: list[Run]) -> dict[str, Any]:
+    late_s = sorted(one.ttft_s for run in runs for one in run.served if not one.is_in_time)
     return {
         "attainment": round(mean(run.attainment for run in runs), 4),
         "mean_ttft_s": round(mean(run.mean_ttft_s for run in runs), 3),
         "longest_ttft_s": round(max(one.ttft_s for run in runs for one in run.served), 1),
+        "late_p99_s": round(late_s[int(0.99 * len(late_s))], 1) if late_s else 0.0,
+        "attainment_of_each": [round(run.attainment, 4) for run in runs],
     }
 
 
 def aging_rows(seeds: range, count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for load in (0.8, 0.9, 1.2):
+    for load in (0.8, 0.9, 1.2, 2.0):
         workloads = [draw(seed, load=load, count=count) for seed in seeds]
         for name, policy in POLICIES.items():
             rows.append({"part": "aging", "load": load, "policy": name, "max_share": 0.0})
             rows[-1] |= summary([serve(jobs, policy) for jobs in workloads])
-        for share in (0.02, 0.05, 0.1, 0.2, 1.0):
+        for share in (0.01, 0.02, 0.05, 0.2, 1.0):
             rows.append({"part": "aging", "load": load, "policy": "feasible", "max_share": share})
             limits = AgingLimits(max_share=share)
             rows[-1] |= summary([serve(jobs, aged(POLICIES["feasible"], limits)) for jobs in workloads])
+    return rows
+
+
+def forecast_rows(seeds: range, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for load in (0.9, 1.2, 2.0, 3.0):
+        workloads = [draw(seed, load=load, count=count) for seed in seeds]
+        for part in (0.0, 0.1, 0.2, 0.3, 0.5, 0.8):
+            rows.append({"part": "forecast", "load": load, "policy": "feasible", "set_aside": part})
+            rows[-1] |= summary([serve(jobs, foreseeing(POLICIES["feasible"], part)) for jobs in workloads])
     return rows
 
 
@@ -115,7 +119,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     seeds = range(arguments.seeds)
-    rows = aging_rows(seeds, arguments.requests) + batching_rows(seeds, arguments.requests)
+    rows = [row for part in (aging_rows, forecast_rows, batching_rows) for row in part(seeds, arguments.requests)]
     for row in rows:
         print(*(f"{key} {value}" for key, value in row.items()))
     if arguments.json is not None:

@@ -72,7 +72,7 @@ class SchedulerMetrics:
         self._suspend = histogram("preempted_suspend_seconds", "Lengths of suspensions", _LONG_S)
         self._rounds = counter("scheduling_rounds_total", "Scheduling decisions by what led to them", "event")
         self._round_s = histogram("scheduling_round_seconds", "Time of a scheduling decision", _SHORT_S)
-        self._promotions = counter("starvation_promotion_total", "Requests moved ahead by the aging rule")
+        self._promotions = counter("starvation_promotion_total", "Requests promoted by the aging rule")
         self._suspended = gauge("suspended_tasks", "Tasks suspended now")
         self._suspended_bytes = gauge("suspended_bytes", "Activations that suspended tasks hold now")
         self._tokens = counter("prefill_tokens_total", "Prompt tokens computed, without those found in the cache")

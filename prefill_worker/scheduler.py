@@ -26,6 +26,7 @@ from itertools import count
 from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.forecast import Forecast
 from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
@@ -34,6 +35,8 @@ from flowprefill_sglang.prefill_worker.run_ahead import Cost
 MIN_REMAINING_SHARE = 0.02
 """A task that has run longer than predicted still has this share of its prediction to go, as far as anyone knows."""
 
+FORECAST_INTERVAL_S = 1.0
+"""How old the waiting requests' ``set_aside`` may be: it follows arrivals of a minute, and a round is to be short."""
 RATIO_STEP = 0.02
 """Predictions of waiting requests are made anew when the predictor's correction has moved by this much."""
 
@@ -85,6 +88,8 @@ class Task:
     cost: Cost
     """``predicted_s`` in parts."""
     executed_s: float = 0.0
+    charged_s: float = 0.0
+    """Of its running time, what the aging rule has been told of."""
     preemptions: int = 0
     runs_since: float | None = None
 
@@ -115,7 +120,7 @@ class Ranking:
     order: list[Candidate]
     """Everything that could run, best first."""
     promoted: int
-    """Those that the aging rule has moved ahead in this round."""
+    """Those that the aging rule has promoted in this round."""
 
 
 class PrefillScheduler:
@@ -137,6 +142,8 @@ class PrefillScheduler:
         self._joins_in_sedf_order = POLICIES[policy] is feasible
         self._policy = with_aging(POLICIES[policy])
         self._promotions = Promotions(aging, now)
+        self._forecast = Forecast(now)
+        self._forecast_at = now
         self._in_deadline_order: list[Candidate] = []
         self._requests: dict[Candidate, Request] = {}
         self._tasks: dict[Candidate, Task] = {}
@@ -171,9 +178,13 @@ class PrefillScheduler:
 
     def arrived(self, request: Request) -> None:
         """A request can be prefilled from now on."""
-        request.candidate.remaining_s = self.predictor.seconds((request.extent,))
-        self._requests[request.candidate] = request
-        self._insert(request.candidate)
+        candidate = request.candidate
+        candidate.remaining_s = self.predictor.seconds((request.extent,))
+        if candidate.standing is Standing.WAITING:
+            self._forecast.arrived(candidate.remaining_s, request.arrived_at)
+        candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
+        self._requests[candidate] = request
+        self._insert(candidate)
 
     def withdrawn(self, request: Request) -> None:
         """A request that is in no task will never be prefilled: aborted, or its decode side is gone."""
@@ -257,12 +268,19 @@ class PrefillScheduler:
 
     def ranking(self, now: float) -> Ranking:
         """Rank everything that could run; once a round."""
+        if self.running is not None:
+            self._charge(self.running, now)
         for task in self._tasks.values():
             done_s = task.executed_until(now)
             left_s = max(task.predicted_s - done_s, task.predicted_s * MIN_REMAINING_SHARE)
             task.candidate.remaining_s = left_s + task.rest_s
+            task.candidate.set_aside = self._forecast.set_aside(task.candidate.remaining_s / task.candidate.promises)
+        if now - self._forecast_at > FORECAST_INTERVAL_S:
+            self._forecast_at = now
+            for candidate in self._requests:
+                candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
         promoted = self._promotions.promote(self._in_deadline_order, now)
-        return Ranking(self._policy(self._in_deadline_order, now), promoted)
+        return Ranking(self._policy(self._in_deadline_order, now, self._promotions.claim), promoted)
 
     def batch_of(self, head: Request, others: Iterable[Candidate], now: float, kv_room_tokens: int) -> list[Request]:
         """The requests of the head's forward pass: itself, and small waiting ones from ``others``, which is the rest of
@@ -320,10 +338,18 @@ class PrefillScheduler:
         task = self.running
         if task is None:
             raise InternalError("no task is running")
+        self._charge(task, now)
         task.executed_s = task.executed_until(now)
         task.runs_since = None
         self.running = None
         return task
+
+    def _charge(self, task: Task, now: float) -> None:
+        """Tell the aging rule of the time that the running task has had since it was last told."""
+        executed_s = task.executed_until(now)
+        if task.candidate.is_promoted:
+            self._promotions.ran(executed_s - task.charged_s)
+        task.charged_s = executed_s
 
     def _drop(self, task: Task) -> None:
         del self._tasks[task.candidate]

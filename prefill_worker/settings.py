@@ -45,9 +45,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     default_objective_s: float = 60.0
     """TTFT objective of requests that come without one, i.e. past the router. A minute: the aging rule's own bound."""
     max_wait_s: float = 60.0
-    """A request that has waited this long, or longer than its objective if that is more, runs next (aging rule)."""
+    """From then on, or from its objective if that is longer, a request that waits has a share of the device (aging
+    rule)."""
     max_suspend_s: float = 30.0
-    """A task suspended this long goes on next: it holds memory that others wait for."""
+    """The same for a task suspended this long: it holds memory that others wait for."""
     batch_tokens: int = 2048
     """Most new tokens of a batch of several requests. 2,048: in simulation more delays the head for little gain."""
     slack_fraction: float = 0.1

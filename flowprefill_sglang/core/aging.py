@@ -1,33 +1,42 @@
-"""Nobody waits for ever: promotion of those that the policy keeps putting off.
+"""Nobody waits for ever: a share of the device for those that the policy keeps putting off.
 
-A request older than ``max_wait_s``, or a task suspended longer than ``max_suspend_s``, is *promoted*: it runs before
-all others, the promoted among themselves in order of arrival, so nothing that arrived later preempts it again.
+A request older than ``max_wait_s``, or a task suspended longer than ``max_suspend_s``, is *promoted*, which is a mark
+that stays until it has ended, through all chunks of its prompt; a task inherits it from its requests. The promoted are
+served in order of arrival, so nothing that arrived later overtakes them for ever.
 
-**Promotion is a mark, not a condition** that each round looks at anew. A task promoted for being suspended is not
-suspended once it runs; without the mark the next arrival would preempt it, and it would flip between the two. The mark
-stays until the candidate has ended, through all chunks of its prompt, and a task inherits it from its requests.
+**They are guaranteed a share, not the device.** ``max_share`` of its time, as a credit that grows with the clock and is
+charged the time that promoted ones ran, whatever let them run. What the credit stands at is their ``Claim``:
 
-**Promotions have a budget**: ``max_share`` of the device's time, as a credit that grows with the clock and is charged
-the predicted remaining time of each promoted one. While few are overdue, the credit is there when it is needed, and one
-is promoted at the next event. Under lasting overload, where ever more work becomes overdue, an unlimited rule would
-hand the whole device to requests that are late already, first come, first served, and make all others late too
-(docs/scheduling.md has the figures).
+- 0 or more: the oldest of them runs **first**, until the next event;
+- less, by up to ``max_share × max_wait_s``: first only in a **gap**, i.e. if all of it can run and everyone on time is
+  still on time, as far as anyone knows;
+- less than that: **none**; they have had their share for now.
+
+Under ``feasible``, which knows who is on time, the promoted always come right behind those and before the others.
+
+So a long overdue prompt is computed in slices between the short ones. An earlier rule let it run to its end, and every
+request that arrived meanwhile was late too: under lasting overload that cost several times what its share of the
+device is worth (docs/scheduling.md has the figures).
 
 **The bound.** Let W be the work that had arrived and was not done when a request arrived, its own included, and P the
 longest remaining time of any candidate, at most ``max_wait_s``. Then it has ended no later than
-``max(max_wait_s, objective) + (W + P) / max_share + P + W`` after its arrival, whatever arrives later: it becomes
-overdue; credit is earned for a debt of at most P and for those overdue that arrived earlier; what runs ends, since
-rounds happen at events and there is no timer; they and it run. Memory is supposed to be had, and predictions to hold.
+``max(max_wait_s, objective) + 2·max_wait_s + W / max_share + 2·P`` after its arrival, whatever arrives later: it
+becomes overdue, and is marked at the next event, no later than when what runs ends, since there is no timer; the
+largest debt there can be is paid; and from then on the promoted that arrived no later have their share, of which none
+is lost, since between two events no more credit is earned than can be kept. Memory is supposed to be had, and
+predictions to hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from math import inf
+from typing import Protocol
 
 from flowprefill_sglang.core.candidate import Candidate
-from flowprefill_sglang.core.policies import Policy
+from flowprefill_sglang.core.policies import Policy, feasible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +45,28 @@ class AgingLimits:
     """Since arrival. Long past any objective for a first token, and still within the patience of HTTP clients."""
     max_suspend_s: float = 30.0
     """At a stretch. Shorter than the wait, since a suspended task holds memory that others wait for."""
-    max_share: float = 0.05
-    """Of the device's time, for promoted ones, in (0, 1]. 1 promotes at once whatever the load."""
+    max_share: float = 0.02
+    """Of the device's time, for promoted ones, in (0, 1]. 1 lets them run first whatever the load. More of it makes
+    more requests late and hardly anyone's wait shorter, since gaps do most of the work (docs/scheduling.md)."""
 
     def __post_init__(self) -> None:
         if self.max_wait_s <= 0 or self.max_suspend_s <= 0 or not 0 < self.max_share <= 1:
             raise ValueError(f"max_wait_s and max_suspend_s must be positive, max_share in (0, 1]: {self}")
+
+
+class Claim(Enum):
+    """How far the promoted may go ahead of others now."""
+
+    NONE = auto()
+    GAP = auto()
+    """Before those on time, if that makes none of them late."""
+    FIRST = auto()
+
+
+class AgedPolicy(Protocol):
+    """A policy that heeds promotion: takes what a policy takes, and the claim of the promoted."""
+
+    def __call__(self, candidates: Sequence[Candidate], now: float, claim: Claim = Claim.NONE) -> list[Candidate]: ...
 
 
 def overdue(candidates: Iterable[Candidate], now: float, limits: AgingLimits) -> list[Candidate]:
@@ -65,43 +90,76 @@ def overdue(candidates: Iterable[Candidate], now: float, limits: AgingLimits) ->
 
 
 class Promotions:
-    """Who is promoted, within the budget. Owned by the scheduler's state machine, which calls it once in each round
-    before the policy; the one writer of ``Candidate.is_promoted`` apart from whoever makes a task's candidate."""
+    """Who is promoted, and their claim. Owned by the scheduler's state machine, which tells it how long promoted ones
+    ran and asks it once in each round, before the policy; the one writer of ``Candidate.is_promoted`` apart from
+    whoever makes a task's candidate."""
 
     def __init__(self, limits: AgingLimits, now: float) -> None:
         self._limits = limits
-        self._most_credit_s = limits.max_share * limits.max_wait_s
-        self._credit_s = self._most_credit_s
+        self._gap_s = limits.max_share * limits.max_wait_s
+        self._credit_s = 0.0
         self._credited_at = now
+
+    @property
+    def claim(self) -> Claim:
+        """As of the last round or charge."""
+        if self._credit_s >= 0:
+            return Claim.FIRST
+        return Claim.GAP if self._credit_s > -self._gap_s else Claim.NONE
+
+    def ran(self, seconds: float) -> None:
+        """A promoted candidate had the device for so long. A debt has an end: two ``max_wait_s`` pay the largest."""
+        self._credit_s = max(-2 * self._gap_s, self._credit_s - seconds)
 
     def promote(self, candidates: Iterable[Candidate], now: float) -> int:
-        """Mark those whose turn has come. Returns how many, for ``starvation_promotion_total``."""
-        earned_s = self._limits.max_share * (now - self._credited_at)
-        self._credit_s = min(self._most_credit_s, self._credit_s + earned_s)
+        """Mark those that are overdue. Returns how many, for ``starvation_promotion_total``.
+
+        Credit is kept only while someone is promoted and was not served, which takes no longer than an event is away;
+        no one is to be blocked for what nobody claimed.
+        """
+        self._credit_s += self._limits.max_share * (now - self._credited_at)
         self._credited_at = now
-        promoted = 0
-        for candidate in overdue(candidates, now, self._limits):
-            if self._credit_s <= 0:
-                break
-            self._credit_s -= candidate.remaining_s
+        is_claimed = any(candidate.is_promoted for candidate in candidates)
+        self._credit_s = min(self._gap_s if is_claimed else 0.0, self._credit_s)
+        found = overdue(candidates, now, self._limits)
+        for candidate in found:
             candidate.is_promoted = True
-            promoted += 1
-        return promoted
+        return len(found)
 
 
-def with_aging(policy: Policy) -> Policy:
-    """The policy, behind the promoted ones in order of arrival."""
+def with_aging(policy: Policy) -> AgedPolicy:
+    """The policy, with the promoted where their claim puts them, in order of arrival."""
 
-    def aged(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    def aged(candidates: Sequence[Candidate], now: float, claim: Claim = Claim.NONE) -> list[Candidate]:
         promoted = [candidate for candidate in candidates if candidate.is_promoted]
         if not promoted:
             return policy(candidates, now)
-        promoted.sort(key=_arrival)
-        others = [candidate for candidate in candidates if not candidate.is_promoted]
-        # As of now, not of when the promoted will be done: they matter only if none of those can get memory.
-        return promoted + policy(others, now)
+        if claim is Claim.FIRST:
+            # As of now, not of when the promoted will be done: the next event asks again.
+            others = policy([candidate for candidate in candidates if not candidate.is_promoted], now)
+            return sorted(promoted, key=_arrival) + others
+        order = policy(candidates, now)
+        return _behind_those_on_time(order, now, claim) if policy is feasible else order
 
     return aged
+
+
+def _behind_those_on_time(order: list[Candidate], now: float, claim: Claim) -> list[Candidate]:
+    """The promoted after those on time, with which ``feasible``'s order begins; before them in a gap that is as long as
+    the oldest. A promoted one that is on time is one of those."""
+    on_time, gap_s, ends_at = 0, inf, now
+    for candidate in order:
+        ends_at += candidate.remaining_s
+        if candidate.deadline_at == inf or ends_at > candidate.deadline_at:
+            break
+        gap_s = min(gap_s, candidate.deadline_at - ends_at)
+        on_time += 1
+    late = [candidate for candidate in order[on_time:] if candidate.is_promoted]
+    late.sort(key=_arrival)
+    others = [candidate for candidate in order[on_time:] if not candidate.is_promoted]
+    if late and claim is Claim.GAP and late[0].remaining_s <= gap_s:
+        return late + order[:on_time] + others
+    return order[:on_time] + late + others
 
 
 def _arrival(candidate: Candidate) -> tuple[float, int]:

@@ -33,6 +33,8 @@ class Candidate:
     """Predicted time on the device until its first token, for all of its remaining chunks."""
     promises: int = 1
     """Requests that it stands for: 1, or of a task all that its batch has."""
+    set_aside: float = 0.0
+    """Share of the time until its deadline that shorter ones to come will need (``core.forecast``), in [0, 1]."""
     priority: int = 0
     """The client's; higher first among equals."""
     standing: Standing = Standing.WAITING

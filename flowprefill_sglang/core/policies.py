@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from operator import attrgetter
 from types import MappingProxyType
@@ -88,17 +88,32 @@ def srpt(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
 def feasible(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
     """The most requests on time: the largest set that can be, in deadline order, then the others, shortest first.
 
-    The set is Moore and Hodgson's (``split_on_time``), found anew at each event. It is the best for what is known now;
-    arrivals to come are not guessed at. The others run when the set is empty: they are late whatever we do, and the
-    shortest first gets the most of them out of the way. Those with no deadline (infinite) are on time in any order, so
-    they make nobody wait who has one that can be met, and take their place among the others by length.
+    The set is Moore and Hodgson's (``split_on_time``), found anew at each event, in two steps. First go those that can
+    be on time even if shorter ones keep coming as they lately did, i.e. in what ``Candidate.set_aside`` leaves of their
+    time; then those that can be if nobody comes. The others run when there is none of these: they are late whatever
+    we do, and the shortest first gets the most of them out of the way. Those with no deadline (infinite) are on time in
+    any order, so they make nobody wait who has one that can be met, and take their place among the others by length.
     """
     finite = candidates
     if candidates and candidates[-1].deadline_at == inf:
         finite = candidates[: bisect_left(candidates, inf, key=_deadline_at)]
     on_time, rest = split_on_time(finite, now)
+    likely: list[Candidate] = []
+    if rest:  # else all can be, and what comes will show who cannot
+        likely = _in_spite_of_arrivals(finite, now)
+        taken = set(map(id, likely))
+        on_time = [one for one in on_time if id(one) not in taken]
+        rest = [one for one in rest if id(one) not in taken]
     rest.extend(candidates[len(finite) :])
-    return on_time + srpt(rest, now)
+    return likely + on_time + srpt(rest, now)
+
+
+def _in_spite_of_arrivals(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+    """The largest set that can be on time in what is not set aside, in deadline order."""
+    due_at = [one.deadline_at - (one.deadline_at - now) * one.set_aside for one in candidates]
+    alive = [index for index, at in enumerate(due_at) if at > now]
+    likely = _largest_set(candidates, due_at, sorted(alive, key=due_at.__getitem__), now)[0]
+    return [candidates[index] for index in likely]
 
 
 def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Candidate], list[Candidate]]:
@@ -111,11 +126,20 @@ def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Can
     Of equally long ones a waiting one is dropped before a started one, which holds memory, then the earlier
     deadline, since a later one leaves more room for arrivals to come, then the lower priority and the later arrival.
     """
+    on_time, dropped = _largest_set(candidates, list(map(_deadline_at, candidates)), range(len(candidates)), now)
+    return [candidates[index] for index in on_time], [candidates[index] for index in dropped]
+
+
+def _largest_set(
+    candidates: Sequence[Candidate], due_at: Sequence[float], in_order: Iterable[int], now: float
+) -> tuple[list[int], list[int]]:
+    """Indices of the set and of the others. ``due_at``: when each is due; ``in_order``: indices in order of that."""
     finish_at = now
     kept: list[tuple[float, bool, float, int]] = []  # a heap: first the one to drop first; ends with the negated index
     dropped: list[int] = []
-    for index, candidate in enumerate(candidates):
-        remaining_s, deadline_at = candidate.remaining_s, candidate.deadline_at
+    for index in in_order:
+        candidate = candidates[index]
+        remaining_s, deadline_at = candidate.remaining_s, due_at[index]
         is_too_much = finish_at + remaining_s > deadline_at
         each_s = remaining_s / candidate.promises
         if is_too_much and (not kept or -each_s < kept[0][0]):
@@ -129,9 +153,8 @@ def split_on_time(candidates: Sequence[Candidate], now: float) -> tuple[list[Can
             dropped.append(-longest[-1])
         else:
             heapq.heappush(kept, entry)
-    on_time = sorted(-entry[-1] for entry in kept)
     dropped.sort()
-    return [candidates[index] for index in on_time], [candidates[index] for index in dropped]
+    return sorted(-entry[-1] for entry in kept), dropped
 
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(

@@ -118,7 +118,7 @@ class RoundDone(msgspec.Struct, frozen=True, kw_only=True, tag="round"):
     suspended: int
     suspended_bytes: int = 0
     promoted: int = 0
-    """Requests that the aging rule moved ahead in this round."""
+    """Requests that the aging rule promoted in this round."""
 
 
 Event = RequestArrived | TaskStarted | TaskPreempted | TaskResumed | TaskFinished | RequestEnded | RoundDone

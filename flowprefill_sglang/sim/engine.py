@@ -4,6 +4,9 @@ Requests come from outside in order of arrival, so only what workers will do is 
 worker that counts (an older one that was brought forward stays and is passed over) and one answer for each request
 whose KV is on its way. Memory is that of the requests in the system, whatever the length of the trace.
 
+Where the machine has a host core (``Machine.host_before_s``), requests pass it in order, once on their way to a router
+and once on their way back; those that have not reached a router yet are on the heap too.
+
 A load balancer hands requests to routers in turn; each router chooses among its own workers, since a worker joins one
 router, by the product's policy over what it has assigned and not seen answered.
 """
@@ -26,6 +29,7 @@ from flowprefill_sglang.sim.workers import SimWorker, WorkerSettings, make_worke
 from flowprefill_sglang.workload.trace import TraceRequest
 
 _WAKE: Final = 0  # in place of an answer's tokens, of which there is at least one
+_ADMIT: Final = -1  # likewise: a request has passed the host core
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +101,23 @@ class _Engine:
         choose = DISPATCH_POLICIES[settings.dispatch]
         self._routers = [_Router(workers[first :: settings.routers], choose) for first in range(settings.routers)]
         self._turn = 0
-        self._heap: list[tuple[float, int, SimWorker, int]] = []
+        self._heap: list[tuple[float, int, SimWorker | Request, int]] = []
         self._numbers = count(1)
+        self._host_free_at = 0.0
 
     def arrive(self, request: Request, now: float) -> None:
+        if self._machine.host_before_s:
+            admitted_at = self._on_host(now, self._machine.host_before_s)
+            heapq.heappush(self._heap, (admitted_at, next(self._numbers), request, _ADMIT))
+        else:
+            self._admit(request, now)
+
+    def _on_host(self, now: float, seconds: float) -> float:
+        """When the host core has done so much more for a request that comes to it now."""
+        self._host_free_at = max(now, self._host_free_at) + seconds
+        return self._host_free_at
+
+    def _admit(self, request: Request, now: float) -> None:
         self._tally.events += 1
         router = self._routers[self._turn % len(self._routers)]
         self._turn += 1
@@ -113,6 +130,9 @@ class _Engine:
         heap = self._heap
         while heap and heap[0][0] < now:
             at, number, worker, answered_tokens = heapq.heappop(heap)
+            if isinstance(worker, Request):
+                self._admit(worker, at)
+                continue
             if answered_tokens != _WAKE:
                 worker.outstanding_tokens -= answered_tokens
             elif number == worker.wake_number:
@@ -131,7 +151,9 @@ class _Engine:
                 heapq.heappush(self._heap, (worker.wake_at, worker.wake_number, worker, _WAKE))
 
     def _end(self, worker: SimWorker, request: Request, last_tokens: int, now: float) -> None:
-        answered_at = now + self._machine.handoff_s(last_tokens)
+        machine = self._machine
+        passed_at = self._on_host(now, machine.host_after_s) if machine.host_after_s else now
+        answered_at = passed_at + machine.handoff_s(last_tokens)
         tokens = request.new_tokens + request.cached_tokens
         heapq.heappush(self._heap, (answered_at, next(self._numbers), worker, tokens))
         self._tally.last_ended_at = now

@@ -30,6 +30,10 @@ class Machine:
     handoff_base_s: float = 0.0
     handoff_token_s: float = 0.0
     """From the end of a prefill to the first token at the decode side: a fixed part, and one for each token of KV."""
+    host_before_s: float = 0.0
+    host_after_s: float = 0.0
+    """Of one core that does everything else for all workers (HTTP, tokenization, routing, decoding), in order: before a
+    worker knows of a request, and from the end of its prefill to its first token. 0: no time, as with cores enough."""
 
     def alone_s(self, tokens: int) -> float:
         """Seconds of the forward of one whole prompt, nothing else in the batch."""

@@ -255,6 +255,44 @@ class TestFeasible:
         assert keys(split_on_time(queue(*same), 0.0)[0]) == [3, 2]
 
 
+class TestSetAside:
+    """Of the time until its deadline, what a candidate leaves to shorter ones to come."""
+
+    def test_where_not_all_can_be_on_time_those_that_will_be_in_spite_of_arrivals_go_first(self) -> None:
+        """Alone each could be on time; the long one is due first, and has hardly a chance if more short ones come."""
+        long = waiting(0, 10.0, 9.0, set_aside=0.2)
+        short = [waiting(1, 10.5, 1.0), waiting(2, 20.0, 1.0)]
+        too_long = waiting(3, 10.0, 9.5, set_aside=0.2)
+        assert keys(feasible(queue(long, *short, too_long), 0.0)) == [1, 2, 0, 3]
+        long.set_aside = 0.0
+        assert keys(feasible(queue(long, *short, too_long), 0.0)) == [0, 1, 2, 3]
+
+    def test_where_all_can_be_on_time_nothing_is_set_aside(self) -> None:
+        assert keys(feasible(queue(waiting(0, 10.0, 9.0, set_aside=0.9), waiting(1, 12.0, 1.0)), 0.0)) == [0, 1]
+
+    def test_who_may_be_on_time_goes_before_who_cannot(self) -> None:
+        candidates = queue(waiting(0, 10.0, 9.0, set_aside=0.9), waiting(1, 5.0, 6.0), waiting(2, 4.0, 7.0))
+        assert keys(feasible(candidates, 0.0)) == [0, 1, 2]
+
+    @given(candidates=queues(), now=quarters, data=st.data())
+    def test_each_once_whatever_is_set_aside(
+        self, candidates: list[Candidate], now: float, data: st.DataObject
+    ) -> None:
+        for candidate in candidates:
+            candidate.set_aside = data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+        order = feasible(candidates, now)
+        assert sorted(keys(order)) == sorted(keys(candidates))
+        finish_at = now
+        for candidate in order:  # who begins the order is on time
+            finish_at += candidate.remaining_s
+            if candidate.deadline_at < finish_at:
+                break
+        else:
+            return
+        if split_on_time([one for one in candidates if one.deadline_at < inf], now)[0]:
+            assert order[0].deadline_at - now >= order[0].remaining_s
+
+
 def test_at_overload_feasible_keeps_more_promises_than_sedf_and_sedf_than_edf() -> None:
     def attainment(policy: Policy) -> float:
         return mean(serve(draw(seed, load=1.8, count=800), policy).attainment for seed in range(5))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.core.candidate import Standing
+from flowprefill_sglang.core.forecast import PART
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent, Predictor
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
@@ -111,6 +112,41 @@ def test_small_requests_share_the_heads_forward_pass_and_large_ones_do_not() -> 
     assert order[0] is small[0].candidate
     assert core.batch_of(small[0], order[1:], 0.0, 10_000) == small
     assert core.batch_of(small[0], order[1:], 0.0, 400) == small[:2]
+
+
+def test_a_long_request_leaves_time_for_short_ones_like_those_that_came_before() -> None:
+    """Waiting or begun, by what remains of it; a prompt that goes on in its next chunk is no new arrival."""
+    core = scheduler()
+    for number in range(100):
+        short = request(f"short{number}", 100, at=0.25 * number)
+        core.arrived(short)
+        core.withdrawn(short)
+    long = request("long", 6000, at=25.0, due=60.0)
+    core.arrived(long)
+    waiting_s = long.candidate.set_aside
+    assert waiting_s == pytest.approx(PART * 0.4, rel=0.1)
+    task = start(core, long, now=25.0, tokens=3000)
+    core.ranking(25.0)
+    assert task.candidate.set_aside == waiting_s
+    core.finished(28.0)
+    assert long.candidate.set_aside == waiting_s
+    task = start(core, long, now=28.0)
+    core.ranking(30.95)
+    assert task.candidate.remaining_s < 0.1
+    assert task.candidate.set_aside == 0.0
+
+
+def test_who_waits_learns_of_what_came_since() -> None:
+    core = scheduler()
+    long = request("long", 6000, due=60.0)
+    core.arrived(long)
+    for number in range(100):
+        short = request(f"short{number}", 100, at=0.25 * number)
+        core.arrived(short)
+        core.withdrawn(short)
+    assert long.candidate.set_aside == 0.0
+    core.ranking(25.0)
+    assert long.candidate.set_aside == pytest.approx(PART * 0.4, rel=0.1)
 
 
 def test_a_promoted_request_keeps_its_place_as_a_task() -> None:

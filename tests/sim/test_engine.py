@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -45,11 +46,12 @@ def serve(
     switch_s: float = 0.0,
     error: float = 0.0,
     max_tasks: int = 64,
+    host_s: float = 0.0,
     **cluster: object,
 ) -> tuple[Tally, list[tuple[str, float]]]:
     """What became of the rows: the tally, and each rid with the time of its first token, in order of time."""
     worker = WorkerSettings(
-        machine=machine(cost),
+        machine=replace(machine(cost), host_before_s=host_s, host_after_s=host_s),
         configuration=parse(name),
         aging=AgingLimits(),
         batching=BatchLimits(),
@@ -147,6 +149,29 @@ def test_handoff_is_part_of_the_first_tokens_time() -> None:
     assert tally.mean_ttft_s == pytest.approx(2.5 + 0.25 + 0.05)
 
 
+def test_the_host_core_is_passed_in_order_there_and_back() -> None:
+    """Two at once: one after the other to the worker, where the first has begun when the second comes, and back."""
+    host = replace(machine(), host_before_s=0.25, host_after_s=0.5)
+    worker = WorkerSettings(
+        machine=host, configuration=parse("fcfs"), aging=AgingLimits(), batching=BatchLimits(), is_batching=False
+    )
+    ended: list[float] = []
+    rows = [row(0.0, 100), row(0.0, 100), row(2.0, 100)]
+    run(rows, OBJECTIVES_S, ClusterSettings(worker=worker), lambda _, at: ended.append(at))
+    # Prefills end at 1.25, 2.25 and 3.25 s. The third comes to the host core at 2 s and holds it until 2.25.
+    assert ended == pytest.approx([1.75, 2.75, 3.75])
+
+
+def test_an_answer_waits_for_the_host_core() -> None:
+    host = replace(machine(), host_before_s=0.5, host_after_s=0.25)
+    worker = WorkerSettings(machine=host, configuration=parse("fcfs"), aging=AgingLimits(), batching=BatchLimits())
+    ended: list[tuple[str, float]] = []
+    rows = [row(0.0, 100), row(1.25, 100)]
+    run(rows, OBJECTIVES_S, ClusterSettings(worker=worker), lambda one, at: ended.append((one.rid, at)))
+    # The first prefill ends at 1.5 s, when the host core is busy with the second request until 1.75 s.
+    assert ended == [("0", 2.0), ("1", 3.0)]
+
+
 def test_routers_share_the_workers_out_and_take_turns() -> None:
     rows = [row(0.0, 100), row(0.0, 100), row(0.0, 100), row(0.0, 100)]
     assert [at for _, at in serve("fcfs", rows, workers=4, routers=2)[1]] == [1.0] * 4
@@ -177,6 +202,7 @@ workloads = st.lists(st.tuples(st.integers(0, 100), lengths), min_size=1, max_si
     max_tasks=st.integers(1, 3),
     switch_s=st.sampled_from([0.0, 0.125]),
     error=st.sampled_from([0.0, 0.5]),
+    host_s=st.sampled_from([0.0, 0.0625]),
     seed=st.integers(0, 3),
 )
 def test_every_request_arrives_once_and_ends_once(

@@ -27,10 +27,11 @@ from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
 from flowprefill_sglang.integration.prefill.grammars import Grammars
+from flowprefill_sglang.integration.prefill.handoffs import Handoffs
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.reports import Reports
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
-from flowprefill_sglang.integration.prefill.wakeup import MAY_WAIT_S, Doorbell, News, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -90,6 +91,7 @@ class PrefillLoop:
         self._reports = Reports(reporter, gate, device)
         self._journal = Journal(self._reports.record)
         self._news = news
+        self._handoffs = Handoffs(scheduler, news, gate)
         self._memory = memory
         self._settings = settings
         self._batches = PrefillBatches(scheduler)
@@ -105,7 +107,6 @@ class PrefillLoop:
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
         self._building_s = 0.0  # of this round: SGLang making batches
-        self._handoffs_seen_at = 0.0  # when ended handoffs were last taken in
 
     # ---- turns ------------------------------------------------------------------------------------------------
 
@@ -150,34 +151,16 @@ class PrefillLoop:
             self._advance(self._core.running)
 
     def _take_in_ended_handoffs(self) -> None:
-        """Free what ended handoffs held. Before all else: a flush that came meanwhile would be refused for them, and
-        requests need their metadata buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then
-        the cache could not be flushed after a weight update either."""
-        scheduler, news = self._scheduler, self._news
-        now = time.monotonic()
-        if self._may_handoffs_wait(now):
-            if news.ended_at is not None:
-                self._gate.raise_within(MAY_WAIT_S)
-            return
-        self._handoffs_seen_at = now
-        ended_at, news.ended_at = news.ended_at, None
-        if (
-            scheduler.disagg_prefill_inflight_queue
-            and scheduler.process_disagg_prefill_inflight_queue()
-            and news.is_memory_short
-        ):
-            self._has_news(ended_at or 0.0)
+        """Before all else: a flush that came meanwhile would be refused for them, and requests need their metadata
+        buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then the cache could not be
+        flushed after a weight update either."""
+        core = self._core
+        ended_at = self._handoffs.take_in(
+            time.monotonic(), is_running=core.running is not None, is_waiting=bool(core.waiting)
+        )
+        if ended_at is not None:
+            self._has_news(ended_at)
             self._trigger = Trigger.KV_POOL
-
-    def _may_handoffs_wait(self, now: float) -> bool:
-        """Whether ended handoffs are better taken in later, several at once: nobody waits for what they hold."""
-        scheduler, news = self._scheduler, self._news
-        if news.is_memory_short or not scheduler.req_to_metadata_buffer_idx_allocator.available_size():
-            return False
-        if self._core.running is not None:
-            # Transports that report an end only when they are polled are polled between two tasks.
-            return news.ended_at is None
-        return bool(self._core.waiting) and now < self._handoffs_seen_at + MAY_WAIT_S
 
     def _take_in_kv_events(self) -> None:
         scheduler, news = self._scheduler, self._news

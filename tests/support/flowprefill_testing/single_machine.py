@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.candidate import Candidate, Standing
+from flowprefill_sglang.core.forecast import Forecast
+from flowprefill_sglang.core.policies import Policy
 
 Decide = Callable[[Sequence[Candidate], float], list[Candidate]]
 Gather = Callable[[Candidate, Sequence[Candidate], float], tuple[list[Candidate], float]]
@@ -89,6 +92,40 @@ def serve(jobs: Sequence[Job], decide: Decide, gather: Gather | None = None) -> 
             now = next_at
     served = [Served(job=job, ended_at=ended_at[key]) for key, job in enumerate(jobs)]
     return Run(served=served, busy_s=busy_s, preemptions=preemptions)
+
+
+def aged(policy: Policy, limits: AgingLimits) -> Decide:
+    """Whole rounds of a scheduler, for one run without batches: charge what ran, promote, ask."""
+    promotions, decide = Promotions(limits, now=0.0), with_aging(policy)
+    last: tuple[Candidate, float, float] | None = None  # what was chosen, when, and what remained of it then
+
+    def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        nonlocal last
+        if last is not None and last[0].is_promoted:
+            promotions.ran(min(now - last[1], last[2]))
+        promotions.promote(candidates, now)
+        order = decide(candidates, now, promotions.claim)
+        last = (order[0], now, order[0].remaining_s)
+        return order
+
+    return round_
+
+
+def foreseeing(policy: Policy, part: float) -> Decide:
+    """Rounds of a scheduler that sets so much aside of what arrivals will take."""
+    forecast, seen = Forecast(0.0, part), -1
+
+    def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        nonlocal seen
+        for candidate in sorted(candidates, key=lambda one: one.key):
+            if candidate.key > seen:
+                forecast.arrived(candidate.remaining_s, candidate.arrived_at)
+                seen = candidate.key
+        for candidate in candidates:
+            candidate.set_aside = forecast.set_aside(candidate.remaining_s)
+        return policy(candidates, now)
+
+    return round_
 
 
 def candidate_of(key: int, job: Job) -> Candidate:
