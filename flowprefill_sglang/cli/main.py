@@ -31,6 +31,9 @@ class Command:
 
 COMMANDS = {
     "up": Command(module="up", help="run a whole cluster on this machine", passes_on=True),
+    "status": Command(module="control", help="show the members of a running pool"),
+    "scale": Command(module="control", help="change how many members a running pool has"),
+    "logs": Command(module="control", help="print the log of a member of a running pool"),
     "demo": Command(module="demo", help="run a workload under FlowPrefill and under stock SGLang, side by side"),
     "bench": Command(module="bench", help="load a server in open loop; measure TTFT, attainment and goodput"),
     "bench compare": Command(module="bench_compare", help="ratios between two results of bench, with their spread"),

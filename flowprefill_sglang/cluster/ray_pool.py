@@ -1,8 +1,8 @@
 """Members as Ray actors: the only module that imports Ray.
 
-An actor holds one ``flowprefill prefill|decode`` process as its child, in a placement group of one bundle, so that all of
-its tensor-parallel ranks are on one node. Ray places, notices losses and ends everything with the driver; requests never
-pass through it. The actor is not restarted by Ray: the supervisor does that, so that there is one back-off and one reason.
+An actor holds one ``flowprefill prefill|decode`` process as its child, in a placement group of one bundle, so that all
+of its tensor-parallel ranks are on one node. Ray places, notices losses and ends everything with the driver; requests
+never pass through it. The actor is not restarted by Ray: the supervisor does that, with one back-off and one reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from flowprefill_sglang.cluster.members import Order, Sight
 from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, tail_of
 from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 
 _CONNECT_S: Final = 9.0
@@ -74,6 +74,13 @@ def connect(address: str | None) -> RayHost:
     return RayHost(folder)
 
 
+def disconnect(host: RayHost) -> None:
+    """Leave Ray; end it, and remove its folder, where it is our own."""
+    ray.shutdown()
+    if host.own_folder is not None:
+        shutil.rmtree(host.own_folder, ignore_errors=True)
+
+
 def _require_ray_at(address: str) -> None:
     """Ray itself waits for minutes, and then ends the process."""
     if address == "auto":
@@ -94,8 +101,8 @@ def _require_ray_at(address: str) -> None:
 
 
 class _MemberActor:
-    """Lives on the member's node. Calls run on the actor's main thread, which must be the one that starts the child: the
-    kernel ends the child with that thread."""
+    """Lives on the member's node. Calls run on the actor's main thread, which must be the one that starts the child:
+    the kernel ends the child with that thread."""
 
     def __init__(self) -> None:
         self._child: ChildProcess | None = None
@@ -106,7 +113,7 @@ class _MemberActor:
     def start(self, order: Order) -> Sight:
         """Start the process; a Sight with ``ended`` says why it could not be."""
         node = ray.get_runtime_context().get_node_id()
-        ip = ray.util.get_node_ip_address()
+        ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's
         try:
             return self._start(order, node, ip)
         except (FlowPrefillError, OSError) as error:
@@ -167,13 +174,6 @@ class _MemberActor:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def tail_of(log: Path, lines: int) -> str:
-    """The last lines of a file, of its last MiB. Raises OSError."""
-    with log.open("rb") as file:
-        file.seek(-min(2**20, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
-
-
 def _clear_away(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -192,11 +192,12 @@ class RayHost:
     """Members on the cluster that this process has joined."""
 
     def __init__(self, own_folder: Path | None) -> None:
-        self._own_folder = own_folder
+        self.own_folder = own_folder
+        """Of a Ray that ends with this host; None where the cluster was there before."""
         self._entries: dict[str, _Entry] = {}
         self.needs: Mapping[str, tuple[str, int]] = {}
         """What a member of each kind takes, e.g. ``("GPU", 2)``. Set before the first start."""
-        self.address = ray.util.get_node_ip_address()
+        self.address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's
         """The driver's, as the nodes reach it."""
 
     def require_room(self, counts: Mapping[str, int]) -> None:
@@ -232,13 +233,12 @@ class RayHost:
                 [{resource: amount}],
                 strategy="STRICT_PACK",
                 name=f"flowprefill-{entry.order.name}",
-                _soft_target_node_id=self._emptiest_node(resource, amount),
+                _soft_target_node_id=self._emptiest_node(entry, resource, amount),
             )
             entry.sight = replace(entry.sight, waiting_for=f"{what} on one node of the Ray cluster")
             while not await asyncio.to_thread(entry.group.wait, _PLACE_POLL_S):
                 pass
             entry.sight = replace(entry.sight, waiting_for="its actor to start")
-            paths = os.pathsep.join(path for path in (str(_checkout()), os.environ.get("PYTHONPATH")) if path)
             entry.actor = (
                 ray.remote(_MemberActor)
                 .options(
@@ -246,7 +246,7 @@ class RayHost:
                     num_gpus=amount if resource == "GPU" else 0,
                     max_restarts=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(entry.group, 0),
-                    runtime_env={"env_vars": {"PYTHONPATH": paths}},
+                    runtime_env=_runtime_env(),
                 )
                 .remote()
             )
@@ -255,12 +255,11 @@ class RayHost:
         except RayError as error:
             entry.sight = replace(entry.sight, ended=f"its actor could not start: {_first_line(error)}")
 
-    def _emptiest_node(self, resource: str, amount: int) -> str | None:
+    def _emptiest_node(self, entry: _Entry, resource: str, amount: int) -> str | None:
         """The node where our members take the smallest share, this one included: they spread."""
         taken: dict[str, float] = {}
-        for entry in self._entries.values():
-            share = self.needs[entry.order.kind][1]
-            taken[entry.sight.node] = taken.get(entry.sight.node, 0.0) + share
+        for other in self._entries.values():
+            taken[other.sight.node] = taken.get(other.sight.node, 0.0) + self.needs[other.order.kind][1]
         fitting = [node for node in _alive_nodes() if node["Resources"].get(resource, 0.0) >= amount]
         best = min(
             fitting,
@@ -269,8 +268,7 @@ class RayHost:
         )
         if best is None:
             return None
-        name = next(reversed(self._entries))  # the one that is being placed
-        self._entries[name].sight = replace(self._entries[name].sight, node=best["NodeID"])
+        entry.sight = replace(entry.sight, node=best["NodeID"])
         return str(best["NodeID"])
 
     async def look(self, name: str) -> Sight:
@@ -301,9 +299,8 @@ class RayHost:
     async def _on_node(self, entry: _Entry, function: Any, *arguments: Any) -> Any:  # any function, its answer
         """Run something small on the member's node."""
         where = NodeAffinitySchedulingStrategy(entry.sight.node, soft=False)
-        paths = os.pathsep.join(path for path in (str(_checkout()), os.environ.get("PYTHONPATH")) if path)
         task = ray.remote(function).options(
-            num_cpus=0, max_retries=0, scheduling_strategy=where, runtime_env={"env_vars": {"PYTHONPATH": paths}}
+            num_cpus=0, max_retries=0, scheduling_strategy=where, runtime_env=_runtime_env()
         )
         return await asyncio.wait_for(_answer(task.remote(*arguments)), _END_S)
 
@@ -349,9 +346,7 @@ class RayHost:
         entries = list(self._entries.values())
         self._entries.clear()
         await asyncio.gather(*(self._remove(entry, _END_GRACES_S) for entry in entries))
-        await asyncio.to_thread(ray.shutdown)
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
+        await asyncio.to_thread(disconnect, self)
 
 
 async def _answer(reference: Any) -> Any:  # an ObjectRef is awaitable, and no coroutine
@@ -359,12 +354,13 @@ async def _answer(reference: Any) -> Any:  # an ObjectRef is awaitable, and no c
 
 
 def _alive_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
 
 
-def _checkout() -> Path:
-    """The folder from which this package is imported, so that actors run the same code where they have the same path."""
-    return Path(__file__).resolve().parents[2]
+def _runtime_env() -> dict[str, Any]:
+    """Actors run the same code as this process, where they have the same path."""
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}}
 
 
 def _with_unit(amount: float, resource: str) -> str:

@@ -1,9 +1,9 @@
 """What keeps a pool at its desired size: ``(event, now) -> actions``, with no process, socket or clock.
 
-A shell tells what it sees of each member, and does what it is told. A member that ends, hangs, or does not start in time
-is killed and started again after a pause, which doubles with each failure in a row. Members that are too many are drained
-first. Each start has a number of its own, so that late news of a former process cannot be taken for news of the present
-one.
+A shell tells what it sees of each member, and does what it is told. A member that ends, hangs, or does not start in
+time is killed and started again after a pause, which doubles with each failure in a row. Members that are too many are
+drained first. Each start has a number of its own, so that late news of a former process is not taken for news of the
+present one.
 """
 
 from __future__ import annotations
