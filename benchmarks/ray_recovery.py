@@ -1,8 +1,8 @@
 """Time to recovery of a pool on Ray: from the loss of a server process, an actor or a node to ready again.
 
 A Ray cluster of several nodes on this machine, two prefill workers and a decode instance with the tiny model. Two
-clients ask one request after another meanwhile; how their requests ended is in each row. Most of a recovery is the server's own
-start, so ``noticed_s`` says when the pool knew.
+clients ask one request after another meanwhile; how their requests ended is in each row. Most of a recovery is the
+server's own start, so ``noticed_s`` says when the pool knew.
 
     PYTHONPATH=.:tests/support python benchmarks/ray_recovery.py --json result.json
 """
@@ -67,7 +67,7 @@ def recovery(pool: RayPool, loss: str, lose: Callable[[dict[str, Any]], object])
         "loss": loss,
         "noticed_s": round(noticed_s, 2),
         "recovered_s": round(recovered_s, 2),
-        "reason": pool.member("prefill-1")["reason"].splitlines()[0],
+        "reason": pool.member("prefill-1")["last_failure"].splitlines()[0],
         "answers": dict(Counter(answers)),
     }
 

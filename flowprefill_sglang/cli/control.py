@@ -42,11 +42,12 @@ def run_status(namespace: argparse.Namespace) -> int:
     print(", ".join(f"{kind}: {ready[kind]} of {wanted} ready" for kind, wanted in status["desired"].items()))
     print(f"{'NAME':<12}{'STATE':<13}{'FOR':>8}{'RESTARTS':>10}  {'NODE':<10}{'PID':<9}REASON")
     for one in members:
-        reason = one["reason"].replace("\n", " / ")
+        reason, failure = one["reason"], one["last_failure"].splitlines()
         if one["retry_in_s"] is not None:
-            reason = f"again in {one['retry_in_s']:.0f} s: {reason}"
-        elif one["restarts"] and reason:
-            reason = f"last failure: {reason}"
+            reason = f"again in {one['retry_in_s']:.0f} s"
+        if failure:
+            told = failure[0] if len(failure) == 1 else f"{failure[0]} / {failure[-1]}"
+            reason = f"{reason}{'; ' if reason else ''}last failure: {told}"
         print(
             f"{one['name']:<12}{one['state']:<13}{one['for_s']:>6.0f} s{one['restarts']:>10}  "
             f"{one['node'][:8]:<10}{one['pid'] or '':<9}{reason}".rstrip()

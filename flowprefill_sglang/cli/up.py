@@ -90,9 +90,12 @@ def run_up(namespace: argparse.Namespace) -> int:
     )
     if namespace.ray_address is not None and namespace.launcher != "ray":
         raise BadInput("--ray-address needs --launcher ray")
-    local = LocalCluster(spec, print_progress)
-    local.check()
-    cluster = pool_on_ray(spec, namespace.ray_address, print_progress) if namespace.launcher == "ray" else local
+    cluster: Cluster
+    if namespace.launcher == "ray":
+        cluster = pool_on_ray(spec, namespace.ray_address, print_progress)
+    else:
+        cluster = LocalCluster(spec, print_progress)
+        cluster.check()
     if ready_file is None:
         return asyncio.run(_run(cluster, None))
     ready_file.unlink(missing_ok=True)  # of a launcher that was killed

@@ -19,7 +19,7 @@ import aiohttp
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
 from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of
-from flowprefill_sglang.cluster.ports import free_ports, local_url, require_free
+from flowprefill_sglang.cluster.ports import free_ports, local_url
 from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
 from flowprefill_sglang.cluster.supervision import (
     Action,
@@ -72,7 +72,7 @@ class Pool:
         self._started_at = 0.0
         self._in_a_hurry = asyncio.Event()
         self._is_up = False
-        self._removing: dict[str, asyncio.Task[None]] = {}
+        self._acting = asyncio.Lock()
 
     @property
     def log_dir(self) -> Path:
@@ -106,7 +106,6 @@ class Pool:
         spec = self.spec
         self._folder = Path(tempfile.mkdtemp(prefix="flowprefill-pool-"))
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        require_free(spec.host, spec.port)
         ports = free_ports(2)
         port = spec.port or ports[0]
         self._worker_bind = f"tcp://{self._address}:{ports[1]}"
@@ -132,9 +131,8 @@ class Pool:
         workers = await self._ask_router("GET")
         names = [name for name, m in self._supervisor.members.items() if m.state is not MemberState.BACKING_OFF]
         starts = {name: self._supervisor.members[name].start for name in names}
-        looking = [name for name in names if name not in self._removing]
-        sights = await asyncio.gather(*(self._host.look(name) for name in looking))
-        for name, sight in zip(looking, sights, strict=True):
+        sights = await asyncio.gather(*(self._host.look(name) for name in names))
+        for name, sight in zip(names, sights, strict=True):
             member = self._supervisor.members.get(name)
             if member is not None and member.start == starts[name]:  # not scaled away meanwhile
                 await self._saw(member, sight, workers)
@@ -167,8 +165,9 @@ class Pool:
             await self._handle(Running(name, start, state == "ready" and sight.answered, reason))
 
     async def _handle(self, event: Event) -> None:
-        for action in self._supervisor.handle(event, self._now()):
-            await self._do(action)
+        async with self._acting:  # what one event asks for is done before the next one is heard
+            for action in self._supervisor.handle(event, self._now()):
+                await self._do(action)
 
     async def _do(self, action: Action) -> None:
         match action:
@@ -183,7 +182,7 @@ class Pool:
                     await self._host.ask_to_end(name)
             case Remove(name):
                 member = self._supervisor.members.get(name)
-                self._report(name, member.state if member else "stopped", member.reason if member else "")
+                self._report(name, member.state if member else "stopped", member.last_failure if member else "")
                 sight = self._sights.pop(name, Sight())
                 if name.startswith("decode") and sight.url:
                     await self._ask_router("DELETE", {"url": sight.url})
@@ -223,6 +222,7 @@ class Pool:
                     "failures_in_a_row": member.failures,
                     "retry_in_s": round(max(0.0, member.retry_at - now), 1) if member.state == "backing_off" else None,
                     "reason": member.reason,
+                    "last_failure": member.last_failure,
                     "url": sight.url,
                     "pid": sight.pid,
                     "node": sight.node,
@@ -263,13 +263,14 @@ class Pool:
         return self._sights[name].pid
 
     async def stop(self, *, keep_logs: bool = False) -> None:
-        """End the router, which drains, then all members. ``keep_logs`` concerns the temporary folder."""
+        """End the router, which drains, then all members. ``keep_logs``: leave the temporary folder of a
+        pool that has served; what fails before that is quoted in the error."""
         if self._router is not None:
             await self._end_router(self._router)
         if self._session is not None:
             await self._session.close()
         await self._host.end_all()
-        if self._folder is not None and not (keep_logs and self.spec.log_dir is None):
+        if self._folder is not None and not (keep_logs and self._is_up and self.spec.log_dir is None):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def hurry(self) -> None:
@@ -298,7 +299,7 @@ class Pool:
 
     def _detail(self, member: Member) -> str:
         if member.state in (MemberState.STARTING, MemberState.BACKING_OFF):
-            return member.reason
+            return member.last_failure if member.state is MemberState.BACKING_OFF else member.reason
         sight = self._sights.get(member.name, Sight())
         return f"{sight.url} pid {sight.pid} node {sight.node[:8]}"
 

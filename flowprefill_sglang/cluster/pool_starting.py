@@ -9,6 +9,7 @@ from flowprefill_sglang.cluster.control import Control
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
 from flowprefill_sglang.cluster.members import Host, resource_of
 from flowprefill_sglang.cluster.pool import Pool
+from flowprefill_sglang.cluster.ports import require_free
 from flowprefill_sglang.cluster.supervision import KINDS
 from flowprefill_sglang.errors import StartupError
 
@@ -39,12 +40,13 @@ class RunningPool(Pool):
 def pool_on_ray(spec: ClusterSpec, address: str | None, on_progress: Callable[[LaunchEvent], None]) -> RunningPool:
     """A pool on the Ray cluster at ``address``, or on one that is started here; ``stop`` leaves Ray in any case.
 
-    Raises StartupError when Ray is not installed, does not answer, or has no room.
+    Raises StartupError when the router's port is taken, or Ray is not installed, does not answer, or has no room.
     """
     if importlib.util.find_spec("ray") is None:
         raise StartupError("--launcher ray needs Ray: pip install 'flowprefill-sglang[ray]'")
     from flowprefill_sglang.cluster.ray_pool import connect, disconnect
 
+    require_free(spec.host, spec.port)
     host = connect(address)
     try:
         host.needs = {kind: resource_of(spec, kind) for kind in KINDS}

@@ -252,7 +252,7 @@ class RayHost:
             )
             entry.sight = await entry.actor.start.remote(entry.order)
             entry.folder = await entry.actor.folder.remote()
-        except RayError as error:
+        except Exception as error:  # the edge of a task; whatever it was, the supervisor tries again
             entry.sight = replace(entry.sight, ended=f"its actor could not start: {_first_line(error)}")
 
     def _emptiest_node(self, entry: _Entry, resource: str, amount: int) -> str | None:
@@ -273,7 +273,9 @@ class RayHost:
 
     async def look(self, name: str) -> Sight:
         """What is known of it, within a few seconds."""
-        entry = self._entries[name]
+        entry = self._entries.get(name)
+        if entry is None:
+            return Sight(waiting_for="its turn")
         if entry.bringing_up is None or not entry.bringing_up.done() or entry.sight.ended is not None:
             return entry.sight
         try:

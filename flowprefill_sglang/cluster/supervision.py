@@ -69,7 +69,9 @@ class Member:
     failures: int = 0
     """In a row."""
     reason: str = ""
-    """Of its last failure, or what it waits for."""
+    """What it waits for, or what ails it now."""
+    last_failure: str = ""
+    """How its last process ended that was not meant to."""
     since: float = 0.0
     """When it came into its state."""
     well_at: float = 0.0
@@ -222,6 +224,7 @@ class Supervisor:
             member.well_at = now
             if member.state is MemberState.LOADING:
                 member.enter(MemberState.READY, now)
+            member.reason = ""
             if member.state is MemberState.READY and now - member.since >= self._patience.steady_s:
                 member.failures = 0
         elif member.state is MemberState.READY:
@@ -236,7 +239,7 @@ class Supervisor:
         pause_s = min(patience.first_pause_s * 2.0 ** min(member.failures, 32), patience.longest_pause_s)
         member.enter(MemberState.BACKING_OFF, now)
         member.failures += 1
-        member.reason, member.retry_at = reason, now + pause_s
+        member.reason, member.last_failure, member.retry_at = "", reason, now + pause_s
         return [remove]
 
     def _tick(self, member: Member, now: float) -> list[Action]:

@@ -62,11 +62,13 @@ def test_serves_and_shows_itself(pool: RayPool) -> None:
     assert pool.status()["desired"] == {"prefill": 1, "decode": 1}
 
 
-def test_scales_under_load_without_a_lost_request(pool: RayPool) -> None:
+def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool: RayPool) -> None:
     ready = str(pool.ready_file)
     with pool.load() as statuses:
         assert flowprefill("scale", "--prefill", "3", "--ready-file", ready)[0] == 0
         pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
+        os.kill(pool.member("prefill-2")["pid"], signal.SIGKILL)
+        pool.wait(lambda: pool.member("prefill-2")["state"] != "ready", 20)
         assert flowprefill("scale", "--prefill", "1", "--ready-file", ready)[0] == 0
         pool.wait(lambda: sorted(pool.states()) == ["decode-0", "prefill-0"], RECOVERY_S)
     assert len(statuses) > 5
@@ -79,7 +81,7 @@ def test_a_killed_process_is_replaced(pool: RayPool) -> None:
     pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
     after = pool.member("prefill-0")
     assert after["pid"] != before["pid"]
-    assert "was killed by SIGKILL" in after["reason"]
+    assert "was killed by SIGKILL" in after["last_failure"]
     assert pool.ask(2) == 200
 
 
@@ -88,7 +90,7 @@ def test_a_killed_actor_is_replaced(pool: RayPool) -> None:
     os.kill(psutil.Process(before["pid"]).ppid(), signal.SIGKILL)
     pool.wait(lambda: not psutil.pid_exists(before["pid"]), 20)
     pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
-    assert "actor" in pool.member("prefill-0")["reason"]
+    assert "actor" in pool.member("prefill-0")["last_failure"]
     assert pool.ask(3) == 200
 
 
@@ -118,9 +120,10 @@ def test_ends_and_leaves_nothing(pool: RayPool) -> None:
         (["--ray-address", "127.0.0.1:1"], 1, "no Ray at 127.0.0.1:1"),
         (["--ray-address", "ray://somewhere"], 2, "expected HOST:PORT"),
         (["--ray-address", "HERE", "--prefill", "50"], 1, "asked for 50 prefill × 1 CPU and 1 decode × 1 CPU"),
+        (["--ray-address", "HERE", "--model-path", "/nowhere"], 1, "no model at /nowhere"),
         (["--ray-address", "HERE", "--device", "cuda"], 1, "pass --device cpu"),
     ],
-    ids=["nobody there", "no address", "too few CPUs", "no GPU"],
+    ids=["nobody there", "no address", "too few CPUs", "model missing on a node", "no GPU"],
 )
 def test_bad_input_is_one_clear_line(nodes: Any, model_path: Path, flags: list[str], status: int, words: str) -> None:
     given = [nodes.address if flag == "HERE" else flag for flag in flags]

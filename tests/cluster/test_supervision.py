@@ -58,7 +58,7 @@ def test_one_that_ends_is_removed_and_started_again_after_a_pause() -> None:
     supervisor = pool()
     assert supervisor.handle(Ended("prefill-0", 1, "was killed by SIGKILL"), 5.0) == [Remove("prefill-0", 1)]
     member = supervisor.members["prefill-0"]
-    assert (member.state, member.reason) == (MemberState.BACKING_OFF, "was killed by SIGKILL")
+    assert (member.state, member.last_failure) == (MemberState.BACKING_OFF, "was killed by SIGKILL")
     assert supervisor.handle(Tick(), 5.9) == []
     assert supervisor.handle(Tick(), 6.0) == [Start("prefill-0", "prefill", 2)]
 
@@ -91,7 +91,7 @@ def test_one_that_hangs_is_replaced() -> None:
     supervisor.handle(Running("prefill-0", 1, takes_requests=False, reason="the router says dead"), 1.0)
     assert supervisor.handle(Tick(), 10.0) == []
     assert supervisor.handle(Tick(), 10.1) == [Remove("prefill-0", 1)]
-    assert "failed its health checks for 10 s: the router says dead" in supervisor.members["prefill-0"].reason
+    assert "failed its health checks for 10 s: the router says dead" in supervisor.members["prefill-0"].last_failure
 
 
 def test_one_that_does_not_come_up_is_replaced() -> None:
