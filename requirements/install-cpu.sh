@@ -6,13 +6,13 @@
 #   * with it, the requirements have changed since, and VENV is brought up to date in place.
 #
 # Environment: PYTHON          interpreter for VENV (default: the first suitable one on PATH)
-#              EXTRAS          extras to install (default: cpu,plot,dev)
+#              EXTRAS          extras to install (default: cpu,plot,ray,dev)
 #              TORCH_CPU_INDEX where to find a CPU build of PyTorch when the configured package index has none
 set -euo pipefail
 
 venv=$1 stamp=$2
 torch_cpu_index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
-extras=${EXTRAS:-cpu,plot,dev}
+extras=${EXTRAS:-cpu,plot,ray,dev}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 

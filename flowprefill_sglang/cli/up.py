@@ -14,10 +14,13 @@ from pathlib import Path
 
 from flowprefill_sglang.cluster.configuration_file import Configured, read_configuration
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
+from flowprefill_sglang.cluster.pool_starting import RunningPool, pool_on_ray
 from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.flag_values import count
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
+
+Cluster = LocalCluster | RunningPool
 
 
 def add_up_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,12 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=count, default=1, metavar="M", help="decode instances (default 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=30000, help="the router's port, 0 for a free one (default 30000)")
+    parser.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="what runs the servers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ray-address", default=None, metavar="A", help="Ray cluster to join: HOST:PORT or auto (default: a new one)"
+    )
     parser.add_argument("--ready-file", type=Path, default=None, help="JSON written once requests are accepted")
     parser.add_argument("--log-dir", type=Path, default=None, help="where each process writes its log")
     parser.add_argument("--api-key", default=None, metavar="KEY", help="bearer token that clients must send")
@@ -58,8 +67,6 @@ def set_up_defaults(parser: argparse.ArgumentParser, namespace: argparse.Namespa
     if namespace.config is None:
         return
     configured = read_configuration(namespace.config)
-    if configured.launcher != "local" and parser.get_default("launcher") is None:
-        raise BadInput(f"{namespace.config}: launcher.kind {configured.launcher}: only local is built so far")
     parser.set_defaults(
         configured=configured,
         model_path=configured.model_path,
@@ -116,8 +123,14 @@ def run_up(namespace: argparse.Namespace) -> int:
         startup_timeout_s=file.startup_timeout_s if file else ClusterSpec.startup_timeout_s,
         log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
     )
-    cluster = LocalCluster(spec, print_progress)
-    cluster.check()
+    if namespace.ray_address is not None and namespace.launcher != "ray":
+        raise BadInput("--ray-address needs --launcher ray")
+    cluster: Cluster
+    if namespace.launcher == "ray":
+        cluster = pool_on_ray(spec, namespace.ray_address, print_progress)
+    else:
+        cluster = LocalCluster(spec, print_progress)
+        cluster.check()
     if ready_file is None:
         return asyncio.run(_run(cluster, None))
     ready_file.unlink(missing_ok=True)  # of a launcher that was killed
@@ -127,7 +140,7 @@ def run_up(namespace: argparse.Namespace) -> int:
         ready_file.unlink(missing_ok=True)
 
 
-async def _run(cluster: LocalCluster, ready_file: Path | None) -> int:
+async def _run(cluster: Cluster, ready_file: Path | None) -> int:
     stop = _stop_on_signals(cluster)
     try:
         await _first_of(cluster.start(), stop)
@@ -144,7 +157,7 @@ async def _run(cluster: LocalCluster, ready_file: Path | None) -> int:
         await cluster.stop(keep_logs=not stop.done())
 
 
-def _stop_on_signals(cluster: LocalCluster) -> asyncio.Future[int]:
+def _stop_on_signals(cluster: Cluster) -> asyncio.Future[int]:
     """Set to the signal's number by the first one; the second one hurries the cluster's end."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
@@ -176,17 +189,18 @@ def print_progress(event: LaunchEvent) -> None:
     print(f"[{event.elapsed_s:6.1f} s] {event.name:<10} {event.state:<8} {event.detail}".rstrip(), flush=True)
 
 
-def print_ready(cluster: LocalCluster) -> None:
+def print_ready(cluster: Cluster) -> None:
     """Where the cluster is, and a request to try."""
     key = "-H 'authorization: Bearer KEY' " if cluster.spec.api_key else ""
     body = '{"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}}'
+    control = f"\ncontrol   {cluster.control}" if isinstance(cluster, RunningPool) else ""
     print(
         f"""
 ready     {cluster.url}   (OpenAI clients: {cluster.url}/v1)
 model     {cluster.model}
 try       curl {cluster.url}/generate {key}-H 'content-type: application/json' -d '{body}'
 workers   curl {key}{cluster.url}/workers
-logs      {cluster.log_dir}
+logs      {cluster.log_dir}{control}
 Ctrl-C ends it.""",
         flush=True,
     )
@@ -198,14 +212,16 @@ def _require_writable(ready_file: Path) -> None:
         raise BadInput(f"--ready-file {ready_file}: expected a file in a folder that exists and can be written to")
 
 
-def _write_ready_file(path: Path, cluster: LocalCluster) -> None:
+def _write_ready_file(path: Path, cluster: Cluster) -> None:
     """In one step, so that a reader never sees half of it."""
-    document = {
+    document: dict[str, object] = {
         "url": cluster.url,
         "workers": [
             {"name": name, "url": cluster.member_url(name), "pid": cluster.pid(name)} for name in cluster.names()
         ],
     }
+    if isinstance(cluster, RunningPool):
+        document["control"] = cluster.control
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(document, indent=2) + "\n")
     temporary.replace(path)

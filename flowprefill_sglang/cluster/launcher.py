@@ -64,7 +64,7 @@ class LaunchEvent:
     """A step of one child on its way up."""
 
     name: str
-    state: State
+    state: str
     elapsed_s: float
     detail: str = ""
 

@@ -87,6 +87,10 @@ class ChildProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
+    def log_tail(self, lines: int) -> str:
+        """The last lines of its log. Raises OSError."""
+        return tail_of(self.log, lines)
+
     def last_words(self, lines: int = 12) -> str:
         """What its log says about its end, for error messages: its own verdict if there is one, else the last lines.
 
@@ -101,3 +105,10 @@ class ChildProcess:
             return f"(no log: {error})"
         verdicts = [line for line in tail if _VERDICT.match(line)]
         return verdicts[-1] if verdicts else "\n".join(tail[-lines:])
+
+
+def tail_of(log: Path, lines: int) -> str:
+    """The last lines of a file, of its last MiB. Raises OSError."""
+    with log.open("rb") as file:
+        file.seek(-min(2**20, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])

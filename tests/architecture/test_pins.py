@@ -58,7 +58,7 @@ def test_mentions_are_seen() -> None:
 def test_every_extra_has_its_file() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     extras = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
-    assert set(extras) == {"cpu", "cuda", "dev", "mooncake", "plot"}
+    assert set(extras) == {"cpu", "cuda", "dev", "mooncake", "plot", "ray"}
     for name, source in extras.items():
         assert source == {"file": [f"requirements/{name}.txt"]}
         assert (REPOSITORY / f"requirements/{name}.txt").is_file()

@@ -1,11 +1,13 @@
 """Each example runs as it is, and what it returns hangs together."""
 
+import asyncio
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_testing.clusters import Cluster
 from flowprefill_testing.http import post
 
@@ -47,6 +49,15 @@ def test_openai_client(cluster: Cluster) -> None:
     assert answers["streamed"] == greedy(cluster.url, "Prefill is ", 24)
     assert answers["urgent"] == greedy(cluster.url, "Answer within half a second: ", 8)
     assert len(answers["chat"]) == 24
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_cluster(cluster: Cluster, model_path: Path) -> None:
+    pytest.importorskip("ray")
+    flags = ("--device", "cpu", "--context-length", "4096", "--max-total-tokens", "20000")
+    spec = ClusterSpec(model_path=model_path, sglang_arguments=flags)
+    text = asyncio.run(load("ray_cluster").ask_a_pool(spec))
+    assert text == greedy(cluster.url, "Prefill is ", 24)
 
 
 def test_frontend_language(cluster: Cluster) -> None:

@@ -64,7 +64,7 @@ def test_license_is_included(distributions) -> None:
 def test_requirements_follow_their_files(distributions, checkout: Path) -> None:
     metadata = metadata_of(distributions.wheel)
     required = metadata.get_all("Requires-Dist") or []
-    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "cuda", "dev", "mooncake", "plot"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "cuda", "dev", "mooncake", "plot", "ray"}
     assert [line for line in required if line.startswith("sglang==") and 'extra == "cuda"' in line]
     always = [line for line in required if "extra ==" not in line]
     assert always

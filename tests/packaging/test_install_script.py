@@ -84,7 +84,7 @@ def test_torch_comes_first_and_sglang_without_dependencies(installer: Installer)
     assert torch.endswith("--requirement requirements/torch-cpu.txt")
     assert "--no-deps" in sglang
     assert "sglang-cpu.txt" in sglang
-    assert ours.endswith("--constraint requirements/torch-cpu.txt --editable .[cpu,plot,dev]")
+    assert ours.endswith("--constraint requirements/torch-cpu.txt --editable .[cpu,plot,ray,dev]")
     assert installer.stamp.exists()
 
 

@@ -1,0 +1,93 @@
+"""One server on its way through the shell of a pool: what it is started with, what is seen of it, and who runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flowprefill_sglang.cluster.launcher import ClusterSpec
+from flowprefill_sglang.cluster.supervision import Kind
+
+_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the host of a member starts. Its addresses are the host's business."""
+
+    name: str
+    kind: Kind
+    model_path: str
+    """On the machine where it will run."""
+    arguments: tuple[str, ...]
+    """Of ``flowprefill prefill|decode``, without addresses and ports."""
+    log_dir: str | None
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What a host sees of a process that it runs."""
+
+    url: str = ""
+    pid: int = 0
+    node: str = ""
+    waiting_for: str = ""
+    """Why there is no process yet."""
+    ended: str | None = None
+    """How it ended, and the end of its log. None while it runs or waits."""
+    wrong_use: bool = False
+    """It ended because it does not take its flags."""
+    answered: bool = True
+    """False: nobody answered for it just now; the rest is what was last known."""
+    log: str = field(default="", repr=False)
+    """Path of its log, on its machine."""
+
+
+class Host(Protocol):
+    """Runs members somewhere. Each has at most one process; a name is used again once ``remove`` has returned."""
+
+    def start(self, order: Order) -> None:
+        """Begin to start it; ``look`` says how that goes."""
+
+    async def look(self, name: str) -> Sight:
+        """Soon, whatever happens to the member."""
+
+    async def ask_to_end(self, name: str) -> None:
+        """SIGTERM: it ends when what it has in hand is done."""
+
+    async def remove(self, name: str) -> None:
+        """End it by force and clear away what it left. Never raises for one that is gone."""
+
+    async def log(self, name: str, lines: int) -> str:
+        """The end of its log. Raises PeerFault when it cannot be had."""
+
+    async def end_all(self) -> None:
+        """Interrupt all, then end by force what is left, and clear away."""
+
+
+def arguments_of(spec: ClusterSpec, kind: Kind) -> tuple[str, ...]:
+    """The flags of every member of this kind, without names and addresses."""
+    key = ("--api-key", spec.api_key) if spec.api_key else ()
+    own = spec.prefill_arguments if kind == "prefill" else spec.decode_arguments
+    return ("--model-path", str(spec.model_path), *key, *spec.sglang_arguments, *own)
+
+
+def resource_of(spec: ClusterSpec, kind: Kind) -> tuple[str, int]:
+    """What a member takes: ``("GPU", tensor-parallel ranks)``, or CPU cores with ``--device cpu``."""
+    arguments = arguments_of(spec, kind)
+    ranks = int(_last_value(arguments, _TP_FLAGS) or 1)
+    if _last_value(arguments, ("--device",)) == "cpu":
+        return "CPU", ranks * (spec.threads or 1)
+    return "GPU", ranks
+
+
+def _last_value(arguments: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
+    """The value of whichever of these flags comes last, as ``--flag value`` or ``--flag=value``."""
+    found = None
+    for position, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            found = value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
+    return found

@@ -1,0 +1,141 @@
+"""A pool on a real Ray cluster of three nodes: serves, loses a process, an actor and a node, grows, shrinks, ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flowprefill_testing.ray_pools import FLAGS, RayPool, ray_nodes
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+RECOVERY_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    with ray_nodes(workers=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def pool(nodes: Any, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
+    running = RayPool(nodes.address, model_path, tmp_path_factory.mktemp("ray-pool"))
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.end()
+
+
+def flowprefill(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "flowprefill_sglang", *arguments], capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_serves_and_shows_itself(pool: RayPool) -> None:
+    assert pool.ask(1) == 200
+    ready = str(pool.ready_file)
+    status, shown = flowprefill("status", "--ready-file", ready)
+    assert status == 0, shown
+    assert "prefill: 1 of 1 ready, decode: 1 of 1 ready" in shown
+    nodes_used = {member["node"] for member in pool.status()["members"]}
+    assert len(nodes_used) == 2, "members spread over the nodes"
+    status, log = flowprefill("logs", "prefill-0", "--lines", "5", "--ready-file", ready)
+    assert status == 0
+    assert 1 <= len(log.splitlines()) <= 5
+    status, said = flowprefill("logs", "prefill-9", "--ready-file", ready)
+    assert (status, "no member is called 'prefill-9'" in said) == (2, True)
+    status, said = flowprefill("scale", "--prefill", "100", "--ready-file", ready)
+    assert (status, "no room" in said) == (1, True), said
+    assert pool.status()["desired"] == {"prefill": 1, "decode": 1}
+
+
+def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool: RayPool) -> None:
+    ready = str(pool.ready_file)
+    with pool.load() as statuses:
+        assert flowprefill("scale", "--prefill", "3", "--ready-file", ready)[0] == 0
+        pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
+        os.kill(pool.member("prefill-2")["pid"], signal.SIGKILL)
+        pool.wait(lambda: pool.member("prefill-2")["state"] != "ready", 20)
+        assert flowprefill("scale", "--prefill", "1", "--ready-file", ready)[0] == 0
+        pool.wait(lambda: sorted(pool.states()) == ["decode-0", "prefill-0"], RECOVERY_S)
+    assert len(statuses) > 5
+    assert set(statuses) == {200}
+
+
+def test_a_killed_process_is_replaced(pool: RayPool) -> None:
+    before = pool.member("prefill-0")
+    os.kill(before["pid"], signal.SIGKILL)
+    pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
+    after = pool.member("prefill-0")
+    assert after["pid"] != before["pid"]
+    assert "was killed by SIGKILL" in after["last_failure"]
+    assert pool.ask(2) == 200
+
+
+def test_a_killed_actor_is_replaced(pool: RayPool) -> None:
+    before = pool.member("prefill-0")
+    os.kill(psutil.Process(before["pid"]).ppid(), signal.SIGKILL)
+    pool.wait(lambda: not psutil.pid_exists(before["pid"]), 20)
+    pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
+    assert "actor" in pool.member("prefill-0")["last_failure"]
+    assert pool.ask(3) == 200
+
+
+def test_the_members_of_a_lost_node_are_placed_elsewhere(pool: RayPool, nodes: Any) -> None:
+    before = pool.member("decode-0")
+    (lost,) = [node for node in nodes.worker_nodes if node.node_id == before["node"]]
+    nodes.remove_node(lost, allow_graceful=False)
+    pool.wait(lambda: pool.restarted("decode-0", before["restarts"]), RECOVERY_S)
+    assert pool.member("decode-0")["node"] != before["node"]
+    assert pool.ask(4) == 200
+
+
+def test_ends_and_leaves_nothing(pool: RayPool) -> None:
+    processes = [psutil.Process(member["pid"]) for member in pool.status()["members"]]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    folders = {Path(process.environ()["TMPDIR"]) for process in processes}
+    assert pool.end() == 0
+    psutil.wait_procs(processes, timeout=20)
+    assert [process for process in processes if process.is_running()] == []
+    assert [folder for folder in folders if folder.exists()] == []
+    assert not pool.ready_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--ray-address", "127.0.0.1:1"], 1, "no Ray at 127.0.0.1:1"),
+        (["--ray-address", "ray://somewhere"], 2, "expected HOST:PORT"),
+        (["--ray-address", "HERE", "--prefill", "50"], 1, "asked for 50 prefill × 1 CPU and 1 decode × 1 CPU"),
+        (["--ray-address", "HERE", "--model-path", "/nowhere"], 1, "no model at /nowhere"),
+        (["--ray-address", "HERE", "--device", "cuda"], 1, "pass --device cpu"),
+    ],
+    ids=["nobody there", "no address", "too few CPUs", "model missing on a node", "no GPU"],
+)
+def test_bad_input_is_one_clear_line(nodes: Any, model_path: Path, flags: list[str], status: int, words: str) -> None:
+    given = [nodes.address if flag == "HERE" else flag for flag in flags]
+    common = ["up", "--launcher", "ray", "--port", "0", "--model-path", str(model_path), *FLAGS]
+    ended, said = flowprefill(*common, *given)
+    assert ended == status, said
+    assert words in said.splitlines()[-1], said
+
+
+def test_control_commands_say_what_is_wrong(tmp_path: Path) -> None:
+    assert flowprefill("status", "--control", "http://127.0.0.1:1")[0] == 1
+    assert flowprefill("status", "--ready-file", str(tmp_path / "none.json"))[0] == 2
+    (tmp_path / "local.json").write_text(json.dumps({"url": "http://x"}))
+    status, said = flowprefill("status", "--ready-file", str(tmp_path / "local.json"))
+    assert (status, "only up --launcher ray has one" in said) == (2, True)
