@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from flowprefill_sglang.core.policies import POLICIES
-from flowprefill_sglang.flag_values import count, positive_seconds, seconds
-from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
+from flowprefill_sglang.flag_values import count, milliseconds, positive_seconds, seconds
+from flowprefill_sglang.prefill_worker.settings import (
+    ACCELERATOR_MAX_BLOCKING_MS,
+    CPU_MAX_BLOCKING_MS,
+    SchedulerKind,
+    SchedulerSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,14 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         help="most new tokens of a batch of several requests (default: %(default)s)",
     )
     group.add_argument(
+        "--max-blocking-ms",
+        type=milliseconds,
+        default=defaults.max_blocking_ms,
+        metavar="MS",
+        help="an operator expected to take longer runs in slices; 0: none does "
+        f"(default: {ACCELERATOR_MAX_BLOCKING_MS:g} on an accelerator, {CPU_MAX_BLOCKING_MS:g} on a CPU)",
+    )
+    group.add_argument(
         "--cost-file",
         default=defaults.cost_file,
         metavar="FILE",
@@ -113,6 +126,7 @@ def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
         max_wait_s=namespace.max_wait_secs,
         max_suspend_s=namespace.max_suspend_secs,
         batch_tokens=namespace.batch_tokens,
+        max_blocking_ms=namespace.max_blocking_ms,
         cost_file=namespace.cost_file,
     )
     return WorkerConfig(
