@@ -70,7 +70,7 @@ def row_limit(row_s: float, max_blocking_s: float) -> int | None:
 
 
 def _stepped(rows: float) -> int:
-    """The largest of 64, 96, 128, 192, … that is not above ``rows``, but at least a granule."""
+    """The largest of 64, 128, 192, 256, 384, … that is not above ``rows``, but at least a granule."""
     if rows < 2 * GRANULE_ROWS:
         return GRANULE_ROWS
     power = 1 << int(math.log2(rows))
@@ -106,11 +106,13 @@ Tile = tuple[Piece, ...]
 """The rows of one slice of attention: consecutive in the batch, of one request or several."""
 
 
-def attention_tiles(extents: Sequence[Extent], max_pairs: float) -> list[Tile]:
+def attention_tiles(extents: Sequence[Extent], max_pairs: float, granule_rows: int = GRANULE_ROWS) -> list[Tile]:
     """All query rows of a batch in tiles of at most ``max_pairs`` pairs, as long as a granule of rows fits into it.
 
-    A tile's pairs are its rows times the keys of its last row, as kernels compute whole blocks.
+    Tiles begin at multiples of ``granule_rows`` in their requests. A tile's pairs are its rows times the keys of its
+    last row, as kernels compute whole blocks.
     """
+    tail_rows = min(MIN_TAIL_ROWS, granule_rows // 4)
     tiles: list[Tile] = []
     tile: list[Piece] = []
     left = float(max_pairs)
@@ -120,15 +122,15 @@ def attention_tiles(extents: Sequence[Extent], max_pairs: float) -> list[Tile]:
             rest = extent.new_tokens - begin
             keys = extent.cached_tokens + begin
             rows = _rows_within(left, keys)
-            if rows < min(rest, GRANULE_ROWS) and tile:
+            if rows < min(rest, granule_rows) and tile:
                 tiles.append(tuple(tile))
                 tile, left = [], float(max_pairs)
                 continue
-            rows = max(GRANULE_ROWS, rows // GRANULE_ROWS * GRANULE_ROWS) if rows < rest else rest
-            if rest - rows < MIN_TAIL_ROWS:
+            rows = max(granule_rows, rows // granule_rows * granule_rows) if rows < rest else rest
+            if rest - rows < tail_rows:
                 rows = rest
             pairs = rows * (keys + rows)
-            parts = 1 if rows > GRANULE_ROWS + MIN_TAIL_ROWS else math.ceil(pairs / max_pairs)
+            parts = 1 if rows > granule_rows + tail_rows else math.ceil(pairs / max_pairs)
             tile.append(Piece(index, begin, begin + rows, max(1, parts)))
             left -= pairs
             begin += rows

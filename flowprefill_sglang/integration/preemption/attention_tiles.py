@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 
 from flowprefill_sglang.core.prefill_cost import Extent
-from flowprefill_sglang.core.slicing import OperatorCosts, Tile, attention_tiles, key_segments
+from flowprefill_sglang.core.slicing import GRANULE_ROWS, OperatorCosts, Tile, attention_tiles, key_segments
 from flowprefill_sglang.kernels.attention_state import (
     CPU_KEY_BLOCK,
     attend_rows,
@@ -44,9 +44,12 @@ Steps = Generator[None, None, Any]
 class AttentionTiles:
     """Cuts attention calls of one model. Owned by the scheduler's thread."""
 
-    def __init__(self, build_backend: Callable[[], Any], backend_name: str) -> None:
+    def __init__(
+        self, build_backend: Callable[[], Any], backend_name: str, *, granule_rows: int = GRANULE_ROWS
+    ) -> None:
         """``build_backend`` makes an attention backend of the model, as ``AttentionSlots`` does; ``backend_name`` is
-        the name of its class."""
+        the name of its class. ``granule_rows`` as for ``attention_tiles``."""
+        self._granule_rows = granule_rows
         self._build = build_backend
         self._is_torch_native = backend_name == "TorchNativeAttnBackend"
         self._plans: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()  # (ForwardBatch, backend) by tile
@@ -85,7 +88,7 @@ class AttentionTiles:
         ]
         if self._costs.attention_s(extents) <= self._max_blocking_s:
             return []
-        return attention_tiles(extents, self._max_blocking_s / self._costs.pair_s)
+        return attention_tiles(extents, self._max_blocking_s / self._costs.pair_s, self._granule_rows)
 
     def _by_backend(
         self,

@@ -51,6 +51,12 @@ class Work:
     """Of one attention layer, for one pair of a query and a key."""
 
     @property
+    def all_kinds(self) -> list[Kind]:
+        """Those that the model has, in one order everywhere: ranks must try them alike."""
+        has = {*self.kinds.values(), *([Kind.ATTENTION] if self.attention else [])}
+        return [kind for kind in Kind if kind in has]
+
+    @property
     def total_row_flops(self) -> float:
         """Of all of them, for one row."""
         return sum(self.rows.values())
@@ -210,4 +216,5 @@ def _by_rows(
             out = x if part.data_ptr() == x.data_ptr() else part.new_empty((rows, *part.shape[1:]))
         if out is not x:
             out[begin:end] = part
+        del result, part  # a suspended forward need not hold them
     return out if rest is None else (out, *rest)

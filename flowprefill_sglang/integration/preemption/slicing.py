@@ -55,7 +55,7 @@ def slice_long_operators(
     work = work_of(runner.model)
     tiles = AttentionTiles(slots.build, type(runner.attn_backend).__name__)
     kinds = []
-    for kind in Kind:
+    for kind in work.all_kinds:
         fault = slicing_fault(scheduler, gate, state, slices, work, tiles, kind)
         if fault is None:
             kinds.append(kind)
@@ -77,7 +77,7 @@ def slicing_fault(
     """What goes wrong when operators of this kind are cut as short as can be; None if nothing does. Slicing is off
     afterwards."""
     if kind is Kind.ATTENTION:
-        slices.set_attention(tiles if work.attention else None, OperatorCosts(0.0, pair_s=1.0), TEST_PAIRS)
+        slices.set_attention(tiles, OperatorCosts(0.0, pair_s=1.0), TEST_PAIRS)
     else:
         slices.set_limits({module: TEST_ROWS for module, its in work.kinds.items() if its is kind})
     run = TestRun(scheduler, BATCHES)
