@@ -2,7 +2,8 @@
 
 A forward that stops at a boundary keeps what its Python frames still name: the residual, the input of the layer, and
 either the tensors of attention or those of the feed-forward part. What operators use inside of themselves is free again
-at a boundary, but for the output of one that runs in slices. The bound is the larger of the two parts; ``tests/exactness`` compares it with what real forwards hold.
+at a boundary, but for the output of one that runs in slices. The bound is the larger of the two parts;
+``tests/exactness`` compares it with what real forwards hold.
 """
 
 from __future__ import annotations
