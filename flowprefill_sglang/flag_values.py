@@ -46,6 +46,11 @@ def positive_seconds(text: str) -> float:
     return number(text, "a number of seconds above 0", lambda v: v > 0)
 
 
+def milliseconds(text: str) -> float:
+    """A finite number of milliseconds, 0 or more."""
+    return number(text, "a number of milliseconds, 0 or more", lambda v: v >= 0)
+
+
 def number(text: str, expected: str, is_right: Callable[[float], bool]) -> float:
     """A finite number for which ``is_right`` holds; ``expected`` says which those are, for the error."""
     try:

@@ -7,7 +7,8 @@ A *buffer* is one K or V buffer of the pool (or any other per-page buffer that S
 On a CPU, rows are moved as opaque items (NumPy's ``void`` type): one ``memcpy`` a row whatever its size and alignment,
 measured as fast as the fastest of ``index_select`` and integer views for rows of 2 KiB, and up to 12 times faster than
 ``index_copy_``. NumPy and PyTorch both release the interpreter lock meanwhile. On an accelerator the rows are moved by
-``index_select`` and ``index_copy_`` and cross the bus as one block a buffer.
+Triton (``kv_rows_triton``) or by the reference, ``index_select`` and ``index_copy_``, as ``selection`` says, and cross
+the bus as one block a buffer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from flowprefill_sglang.kernels.selection import Kernel, Name, choose
 
 PageIds = npt.NDArray[np.integer[Any]]
 
@@ -59,7 +62,7 @@ def gather_pages(buffers: Sequence[torch.Tensor], pages: PageIds, block: torch.T
             # Bounds are checked above; in its "raise" mode take() would go through a temporary.
             np.take(_items(buffer), rows, out=_items(part.view(len(rows), buffer.shape[1])), mode="clip")
         else:
-            picked = buffer.index_select(0, torch.from_numpy(rows).to(buffer.device))
+            picked = gather_rows(buffer, torch.from_numpy(rows).to(buffer.device))
             part.view(picked.shape).copy_(picked)
 
 
@@ -81,9 +84,35 @@ def scatter_pages(buffers: Sequence[torch.Tensor], pages: PageIds, block: memory
         else:
             # The copy is for PyTorch, which takes no read-only memory.
             host = torch.from_numpy(part.reshape(len(rows), buffer.shape[1]).copy())
-            buffer.index_copy_(0, torch.from_numpy(rows).to(buffer.device), host.to(buffer.device))
+            scatter_rows(buffer, torch.from_numpy(rows).to(buffer.device), host.to(buffer.device))
     for device in {buffer.device for buffer in buffers if buffer.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
+
+
+def gather_rows(pool: torch.Tensor, rows: torch.Tensor, name: Name | None = None) -> torch.Tensor:
+    """``pool[rows]``, on the pool's device, by the implementation chosen for it or by the one that is named.
+
+    ``pool``: contiguous ``uint8[pages, page_bytes]``; ``rows``: int64[n] within it.
+    """
+    if (name or _choice(pool)) is Name.TRITON:
+        from flowprefill_sglang.kernels import kv_rows_triton
+
+        return kv_rows_triton.gather_rows(pool, rows)
+    return pool.index_select(0, rows)
+
+
+def scatter_rows(pool: torch.Tensor, rows: torch.Tensor, block: torch.Tensor, name: Name | None = None) -> None:
+    """``pool[rows] = block``, likewise; ``rows`` are all different."""
+    if (name or _choice(pool)) is Name.TRITON:
+        from flowprefill_sglang.kernels import kv_rows_triton
+
+        kv_rows_triton.scatter_rows(pool, rows, block)
+    else:
+        pool.index_copy_(0, rows, block)
+
+
+def _choice(pool: torch.Tensor) -> Name:
+    return choose(Kernel.ROWS, pool.device.type, pool.dtype, pool.shape[1]).name
 
 
 def _check(buffers: Sequence[torch.Tensor], pages: PageIds, size_bytes: int) -> None:

@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from flowprefill_sglang.core.policies import POLICIES
-from flowprefill_sglang.flag_values import count, factor, positive_seconds, seconds
-from flowprefill_sglang.prefill_worker.settings import RunAheadKind, SchedulerKind, SchedulerSettings
+from flowprefill_sglang.flag_values import count, milliseconds, positive_seconds, seconds
+from flowprefill_sglang.prefill_worker.settings import (
+    ACCELERATOR_MAX_BLOCKING_MS,
+    CPU_MAX_BLOCKING_MS,
+    RunAheadKind,
+    SchedulerKind,
+    SchedulerSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +95,11 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-blocking-ms",
-        type=factor,
+        type=milliseconds,
         default=defaults.max_blocking_ms,
         metavar="MS",
-        help="how long a running prefill may keep a GPU once it should stop (default: %(default)s)",
+        help="an operator expected to take longer runs in slices; 0: none does "
+        f"(default: {ACCELERATOR_MAX_BLOCKING_MS:g} on an accelerator, {CPU_MAX_BLOCKING_MS:g} on a CPU)",
     )
     group.add_argument(
         "--run-ahead",
@@ -131,7 +138,6 @@ def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
         max_suspend_s=namespace.max_suspend_secs,
         batch_tokens=namespace.batch_tokens,
         max_blocking_ms=namespace.max_blocking_ms,
-        run_ahead=namespace.run_ahead,
         cost_file=namespace.cost_file,
     )
     return WorkerConfig(

@@ -8,12 +8,19 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
 from flowprefill_sglang.errors import StartupError
 
 ENVIRONMENT_VARIABLE = "FLOWPREFILL_SCHEDULER"
+
+
+ACCELERATOR_MAX_BLOCKING_MS: Final = 2.0
+"""Small beside the shortest objectives in use (250 ms), large beside a launch (some microseconds)."""
+CPU_MAX_BLOCKING_MS: Final = 20.0
+"""As long as a stop may be put off anyway for what changes no decision; see docs/preemption.md for the measurement."""
 
 
 class SchedulerKind(StrEnum):
@@ -53,17 +60,30 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Most new tokens of a batch of several requests. 2,048: in simulation more delays the head for little gain."""
     slack_fraction: float = 0.1
     """The paper's alpha: others join the head of a batch while it keeps this share of its objective as slack."""
+    max_blocking_ms: float | None = None
+    """How long a running forward pass may keep the device once it should stop: an operator that is expected to take
+    longer runs in slices, and a GPU is at most half of it behind. 0: no slices. None: the default of the device,
+    ``ACCELERATOR_MAX_BLOCKING_MS`` or ``CPU_MAX_BLOCKING_MS``."""
     max_tasks: int = 64
     """Most tasks begun and not ended. Each holds activations and a slot of the attention backend."""
     activation_fraction: float = 0.5
     """Share of the memory that is free after start-up which suspended tasks' activations may take."""
-    max_blocking_ms: float = 2.0
-    """How long a running forward pass may keep the device once it should stop. 2: a hundredth of the tightest
-    objective in the paper's workload, and some operators of a long prompt."""
     run_ahead: RunAheadKind = RunAheadKind.BUDGET
     cost_file: str | None = None
     """Cost model made by ``flowprefill profile``; None: the one kept for this model and hardware, or else a short
     calibration at start-up."""
+
+    def blocking_target_s(self, device: str) -> float:
+        """Seconds that a device of this type may be busy with what should stop; the default where nothing is sliced."""
+        default_ms = CPU_MAX_BLOCKING_MS if device == "cpu" else ACCELERATOR_MAX_BLOCKING_MS
+        return (self.max_blocking_ms or default_ms) / 1000
+
+    def slice_target_s(self, device: str) -> float:
+        """Seconds after which an operator should reach a boundary; 0: no operator is sliced. On an accelerator half of
+        the target: the other half is for what was launched before (``run_ahead``)."""
+        if self.max_blocking_ms == 0:
+            return 0.0
+        return self.blocking_target_s(device) / (1 if device == "cpu" else 2)
 
     def check(self) -> None:
         """Raise StartupError for values that cannot work."""
@@ -72,8 +92,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             "default_objective_s must be positive": not self.default_objective_s > 0,
             "batch_tokens must be at least 1": self.batch_tokens < 1,
             "slack_fraction must be between 0 and 1": not 0 <= self.slack_fraction <= 1,
+            "max_blocking_ms must not be negative": self.max_blocking_ms is not None and not self.max_blocking_ms >= 0,
             "max_tasks must be at least 1": self.max_tasks < 1,
-            "max_blocking_ms must be positive": not self.max_blocking_ms > 0,
             "activation_fraction must be above 0 and at most 1": not 0 < self.activation_fraction <= 1,
         }
         for problem, applies in problems.items():

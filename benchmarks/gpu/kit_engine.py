@@ -22,7 +22,7 @@ from flowprefill_sglang.integration.preemption.operator_boundaries import ensure
 from flowprefill_sglang.integration.preemption.run_ahead import run_ahead
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.run_ahead import Cost, RunAhead
-from flowprefill_sglang.prefill_worker.settings import RunAheadKind, SchedulerSettings
+from flowprefill_sglang.prefill_worker.settings import ACCELERATOR_MAX_BLOCKING_MS, RunAheadKind, SchedulerSettings
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 
 SLACK_TOKENS = 8_192
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--backend", default="triton", help="SGLang's --attention-backend, on a GPU")
     parser.add_argument("--seconds", type=float, default=400.0, help="nothing more begins after this")
-    parser.add_argument("--max-blocking-ms", type=float, default=SchedulerSettings().max_blocking_ms)
+    parser.add_argument("--max-blocking-ms", type=float, default=ACCELERATOR_MAX_BLOCKING_MS)
     parser.add_argument("--seed", type=int, default=1)
 
 

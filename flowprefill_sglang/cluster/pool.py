@@ -154,7 +154,7 @@ class Pool:
             await self._handle(Ended(name, start, sight.ended))
         elif sight.waiting_for:
             await self._handle(Waiting(name, start, f"waits for {sight.waiting_for}"))
-        else:
+        elif workers is not None or not sight.answered:  # a router that does not answer says nothing about anybody
             known = _entry_of(workers, sight.url)
             if member.kind == "decode" and known is None and workers and member.state is not MemberState.DRAINING:
                 await self._ask_router("POST", {"url": sight.url, "worker_type": "decode"})

@@ -94,7 +94,10 @@ def stock_url(_servers: tuple[Cluster, str]) -> str:
 @pytest.fixture(scope="session")
 def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
     """Two more prefill workers, which no router knows. They share the cluster's decode instance."""
-    sizes = {"roomy": ["--max-total-tokens", "40000"], "tight": ["--max-total-tokens", "6600"]}
+    sizes = {
+        "roomy": ["--max-total-tokens", "40000", "--max-blocking-ms", "2"],
+        "tight": ["--max-total-tokens", "6600"],
+    }
     sizes["tight"] += ["--chunked-prefill-size", "1024"]
     with DirectWorkers(model_path, cluster.log_dir, STRICT) as workers:
         for name, flags in sizes.items():
@@ -104,7 +107,8 @@ def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
 
 @pytest.fixture(scope="session")
 def roomy(_direct: dict[str, Pair]) -> Pair:
-    """A prefill worker that computes every prompt in one forward pass, and has memory for many."""
+    """A prefill worker that computes every prompt in one forward pass, and has memory for many; its long operators run
+    in slices."""
     return _direct["roomy"]
 
 

@@ -1,10 +1,12 @@
 """A prefill that is interrupted, as clients see it: the urgent goes first, and nothing else changes."""
 
 import random
+import re
 
 import pytest
 
 from flowprefill_testing import prompts
+from flowprefill_testing.clusters import Cluster
 from flowprefill_testing.direct import Answer, Pair
 from flowprefill_testing.http import generate
 
@@ -58,6 +60,15 @@ def test_an_urgent_prompt_overtakes_a_long_one(roomy: Pair, stock_url: str) -> N
     assert first_token_s < (at["finished", "long"] - at["arrived", "urgent"]) / 4, "it did not wait for the rest"
     assert_same(long_answer, expected(stock_url, long_ids, return_logprob=True), "long")
     assert_same(urgent_answer, expected(stock_url, urgent_ids, 4), "urgent")
+
+
+def test_its_long_operators_are_sliced(roomy: Pair, cluster: Cluster) -> None:
+    """What the other tests here compare with stock SGLang's answers was computed in slices."""
+    log = (cluster.log_dir / "roomy.log").read_text()
+    (target,) = [line for line in log.splitlines() if "blocking target" in line]
+    assert re.search(r"blocking target 2 ms: linear and expert layers above \d+ rows, attention are sliced", target)
+    assert int(target.split(" above ")[1].split()[0]) < LONG
+    assert "layers are not sliced" not in log
 
 
 def test_several_deep(roomy: Pair, stock_url: str) -> None:

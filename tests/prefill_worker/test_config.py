@@ -48,3 +48,15 @@ def test_a_wrong_time(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
         parse("--router", "tcp://h:1", "--shutdown-drain-secs", seconds)
     assert caught.value.code == 2
     assert "expected a number of seconds, 0 or more" in capsys.readouterr().err
+
+
+def test_the_blocking_target() -> None:
+    assert parse("--router", "tcp://h:1", "--max-blocking-ms", "0.5").scheduler.max_blocking_ms == 0.5
+    assert parse("--router", "tcp://h:1", "--max-blocking-ms", "0").scheduler.max_blocking_ms == 0
+    assert parse("--router", "tcp://h:1").scheduler.max_blocking_ms is None
+
+
+def test_a_negative_blocking_target(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--router", "tcp://h:1", "--max-blocking-ms", "-2")
+    assert "expected a number of milliseconds, 0 or more" in capsys.readouterr().err

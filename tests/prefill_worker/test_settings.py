@@ -51,9 +51,9 @@ def test_the_defaults_can_work() -> None:
         ({"slack_fraction": -0.1}, "slack_fraction"),
         ({"slack_fraction": 1.5}, "slack_fraction"),
         ({"slack_fraction": float("nan")}, "slack_fraction"),
-        ({"max_tasks": 0}, "max_tasks"),
-        ({"max_blocking_ms": 0.0}, "max_blocking_ms"),
+        ({"max_blocking_ms": -1.0}, "max_blocking_ms"),
         ({"max_blocking_ms": float("nan")}, "max_blocking_ms"),
+        ({"max_tasks": 0}, "max_tasks"),
         ({"activation_fraction": 0.0}, "activation_fraction"),
         ({"activation_fraction": 1.01}, "activation_fraction"),
     ],
@@ -61,3 +61,16 @@ def test_the_defaults_can_work() -> None:
 def test_values_that_cannot_work_are_refused(values: dict[str, float], named: str) -> None:
     with pytest.raises(StartupError, match=named):
         SchedulerSettings(**values).check()  # type: ignore[arg-type]
+
+
+def test_the_blocking_target_depends_on_the_device_unless_it_is_given() -> None:
+    assert SchedulerSettings().blocking_target_s("cuda") == 0.002
+    assert SchedulerSettings().blocking_target_s("cpu") == 0.02
+    assert SchedulerSettings(max_blocking_ms=5.0).blocking_target_s("cpu") == 0.005
+    assert SchedulerSettings(max_blocking_ms=0.0).blocking_target_s("cuda") == 0.002
+
+
+def test_a_slice_takes_the_half_of_an_accelerators_target_that_what_is_in_flight_leaves() -> None:
+    assert SchedulerSettings().slice_target_s("cuda") == 0.001
+    assert SchedulerSettings().slice_target_s("cpu") == 0.02
+    assert SchedulerSettings(max_blocking_ms=0.0).slice_target_s("cuda") == 0

@@ -2,7 +2,8 @@
 
 A forward that stops at a boundary keeps what its Python frames still name: the residual, the input of the layer, and
 either the tensors of attention or those of the feed-forward part. What operators use inside of themselves is free again
-at a boundary. The bound is the larger of the two parts; ``tests/exactness`` compares it with what real forwards hold.
+at a boundary, but for the output of one that runs in slices. The bound is the larger of the two parts;
+``tests/exactness`` compares it with what real forwards hold.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ INDEX_BYTES: Final = 64
 """Per new token beside activations: token id, position, KV slot, and what backends derive from them, 8 bytes each."""
 CACHED_INDEX_BYTES: Final = 16
 """Per token of a cached prefix: its KV slot in the attention backend's index, and once more for a second pool."""
-LAYER_WIDTHS: Final = 3
-"""Tensors as wide as the model: residual, the layer's input, and its normalised form or a sum of the two."""
+LAYER_WIDTHS: Final = 4
+"""Tensors as wide as the model: residual, the layer's input, its normalised form or a sum of the two, and the output of
+a linear or expert layer that is stopped between two of its slices."""
 
 
 def activation_bytes(

@@ -39,7 +39,7 @@ class AttentionSlots:
     def reserve(self, count: int) -> None:
         """Have ``count`` spare backends ready, so that no forward waits for one to be built."""
         while len(self._spare) < count:
-            self._spare.append(self._build())
+            self._spare.append(self.build())
 
     def install(self) -> None:
         """Lend a backend to each eager forward of this model that runs inside of a task.
@@ -71,7 +71,7 @@ class AttentionSlots:
         from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
         runner = self._runner
-        own = self._spare.pop() if self._spare else self._build()
+        own = self._spare.pop() if self._spare else self.build()
         home, runner.attn_backend = runner.attn_backend, own
         try:
             with forward_context(replace(get_forward_context(), attn_backend=own)):
@@ -80,7 +80,8 @@ class AttentionSlots:
             runner.attn_backend = home
             self._spare.append(own)
 
-    def _build(self) -> Any:
+    def build(self) -> Any:
+        """One more attention backend of this model, as SGLang makes them."""
         from sglang.srt.model_executor.model_runner_components.attention_backend_setup import build_attention_backends
 
         backend = build_attention_backends(model_runner=self._runner).attn_backend

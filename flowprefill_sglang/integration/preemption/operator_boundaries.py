@@ -5,6 +5,9 @@ bring subclasses of their own). The wrapper crosses the gate, then closes it for
 inside of an operator, such as a linear layer inside of an expert layer or the vocabulary projection inside of the
 logits processor, is no boundary. A replay of a CUDA graph is one operator. Inside of code that ``torch.compile``
 traces the wrapper does nothing.
+
+Linear, expert and attention layers that would take too long run in slices (``sliced_operators``), with a boundary
+before each.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.compiler import is_compiling
 
 from flowprefill_sglang.errors import InternalError, StartupError
 from flowprefill_sglang.integration.hooks import sglang_version
+from flowprefill_sglang.integration.preemption.sliced_operators import Kind, SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 OPERATORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -38,13 +42,22 @@ OPERATORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Classes that are wrapped, with all of their subclasses, and the methods that run them."""
 
+SLICED: dict[str, Kind] = {
+    "sglang.srt.layers.radix_attention.RadixAttention": Kind.ATTENTION,
+    "sglang.srt.layers.linear.LinearBase": Kind.LINEAR,
+    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE": Kind.EXPERTS,
+}
+"""Which of them can be cut, by their ``forward``. Layers with LoRA cannot: their kernels read the batch's own segments
+of rows."""
+
 _MARK = "__flowprefill_gate__"
 LAYERS = "layers"
 """Attribute under which models keep their decoder layers, a ``ModuleList``."""
 
 
-def install(gate: Gate) -> list[str]:
+def install(gate: Gate, slices: SlicedOperators | None = None) -> list[str]:
     """Wrap every operator class that is loaded now; the dotted names of those that were not wrapped before.
+    ``slices`` cuts the long ones; None: each is one operator.
 
     Raises StartupError when SGLang lacks one of the classes. May be called again, for classes loaded since.
     """
@@ -57,7 +70,9 @@ def install(gate: Gate) -> list[str]:
                     continue
                 if hasattr(function, _MARK):
                     raise InternalError(f"{cls.__qualname__}.{method} has a boundary of another gate already")
-                setattr(cls, method, _bounded(function, gate))
+                kind = SLICED.get(name) if method == "forward" else None
+                wrapper = _bounded(function, gate) if slices is None else _sliced(function, gate, slices, kind)
+                setattr(cls, method, wrapper)
                 wrapped.append(f"{cls.__module__}.{cls.__qualname__}.{method}")
     return wrapped
 
@@ -100,6 +115,30 @@ def _bounded(function: Callable[..., Any], gate: Gate, owner: object = None) -> 
         finally:
             gate.is_closed = False
 
+    setattr(operator, _MARK, gate)
+    return operator
+
+
+def _sliced(function: Callable[..., Any], gate: Gate, slices: SlicedOperators, kind: Kind | None) -> Callable[..., Any]:
+    whole = _bounded(function, gate)
+    if kind is None:
+        return whole
+
+    @wraps(function)
+    def by_rows(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
+        if is_compiling() or gate.is_closed or len(args) < 2 or len(args[1]) <= slices.shortest:
+            return whole(*args, **kwargs)
+        found = slices.rows(function, args, kwargs)
+        return whole(*args, **kwargs) if found is None else slices.run(args[0], *found)
+
+    @wraps(function)
+    def by_tiles(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
+        if is_compiling() or gate.is_closed:
+            return function(*args, **kwargs)
+        found = slices.attention(function, args, kwargs)
+        return whole(*args, **kwargs) if found is None else slices.run(args[0], *found)
+
+    operator = by_tiles if kind is Kind.ATTENTION else by_rows
     setattr(operator, _MARK, gate)
     return operator
 

@@ -25,8 +25,8 @@ BUDGETS_S: Final = {RunAheadKind.BUDGET: None, RunAheadKind.SYNCHRONISE: 0.0, Ru
 def run_ahead(model_runner: ModelRunner, settings: SchedulerSettings) -> tuple[RunAhead, RunAhead | None]:
     """What the loop talks to, and what the gate does: nothing there where the host computes itself. Call it once the
     model has its boundaries, on the thread that runs it."""
-    max_blocking_s = settings.max_blocking_ms / 1_000
     kind = torch.device(model_runner.device).type
+    max_blocking_s = settings.blocking_target_s(kind)
     if kind != "cuda":
         if kind != "cpu":
             logger.warning("run-ahead on %s is not bounded: a task stops only where all it has launched ends", kind)

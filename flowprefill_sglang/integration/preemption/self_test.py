@@ -41,32 +41,39 @@ def interruption_fault(scheduler: Scheduler, gate: Gate, state: SharedState) -> 
     Runs on the scheduler's thread, with boundaries and attention slots in place and no request under way. Takes some
     KV slots for the time of the call. Raises what a forward raises.
     """
-    run = _Run(scheduler)
+    run = TestRun(scheduler, BATCHES)
     with torch.no_grad():
         alone, again = run.one_by_one(), run.one_by_one()
         interleaved, suspensions = run.interleaved(gate, state)
     if not suspensions:
         return "no boundary stopped a forward pass"
-    for name, first, second, third in zip(_PARTS, alone, again, interleaved, strict=True):
-        allowed = TOLERANCE * max(_distance(a, b) for a, b in zip(first, second, strict=True))
-        found = max(_distance(a, c) for a, c in zip(first, third, strict=True))
+    for name, first, second, third in zip(PARTS, alone, again, interleaved, strict=True):
+        allowed = TOLERANCE * farthest(first, second)
+        found = farthest(first, third)
         if not found <= allowed:  # NaN is a fault
             return f"{name} of an interrupted forward pass is {found:.2g} off an uninterrupted one"
     return None
 
 
-_PARTS: Final = ("the logits", "the KV")
-_Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]
+PARTS: Final = ("the logits", "the KV")
+Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-class _Run:
-    def __init__(self, scheduler: Scheduler) -> None:
+class TestRun:
+    """The same made-up batches, prefilled in several ways: their logits, and KV by request and layer."""
+
+    __test__ = False  # not what pytest looks for
+
+    def __init__(self, scheduler: Scheduler, batches: Sequence[Sequence[int]]) -> None:
+        """``batches``: prompt lengths in tokens."""
         self._scheduler = scheduler
+        self._batches = batches
         self._runner = scheduler.tp_worker.model_runner
 
-    def one_by_one(self) -> _Tensors:
-        parts: _Tensors = ([], [])
-        for number, lengths in enumerate(BATCHES):
+    def one_by_one(self) -> Tensors:
+        """Outside of tasks."""
+        parts: Tensors = ([], [])
+        for number, lengths in enumerate(self._batches):
             requests = self._requests(number, lengths)
             try:
                 self._note(parts, requests, self._forward(self._batch(requests)))
@@ -74,11 +81,13 @@ class _Run:
                 release(requests, self._scheduler.tree_cache)
         return parts
 
-    def interleaved(self, gate: Gate, state: SharedState) -> tuple[_Tensors, int]:
-        parts: _Tensors = ([], [])
-        batches = [self._requests(number, lengths) for number, lengths in enumerate(BATCHES)]
+    def interleaved(self, gate: Gate, state: SharedState, *, is_stopped: bool = True) -> tuple[Tensors, int]:
+        """In tasks that stop at every boundary, or at none; and how often they were stopped."""
+        parts: Tensors = ([], [])
+        batches = [self._requests(number, lengths) for number, lengths in enumerate(self._batches)]
         tasks: list[ForwardTask[torch.Tensor]] = []
-        gate.raise_flag()  # stop at every boundary
+        if is_stopped:
+            gate.raise_flag()
         try:
             tasks += [ForwardTask(partial(self._forward, self._batch(requests)), gate, state) for requests in batches]
             for task in cycle(tasks):
@@ -116,11 +125,12 @@ class _Run:
         logits: torch.Tensor = output.next_token_logits
         return logits.clone()
 
-    def _note(self, parts: _Tensors, requests: Sequence[Req], logits: torch.Tensor) -> None:
+    def _note(self, parts: Tensors, requests: Sequence[Req], logits: torch.Tensor) -> None:
         parts[0].append(logits)
         for request in requests:
             parts[1].extend(chain.from_iterable(computed_kv(self._runner, request)))
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).abs().max())
+def farthest(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    """The largest difference of two numbers at one place; NaN if there is one."""
+    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(some, others, strict=True))

@@ -63,6 +63,8 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.integration.preemption.prefill_graphs import choice
     from flowprefill_sglang.integration.preemption.run_ahead import run_ahead
     from flowprefill_sglang.integration.preemption.self_test import interruption_fault
+    from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
+    from flowprefill_sglang.integration.preemption.slicing import slice_long_operators
     from flowprefill_sglang.integration.prefill.control import control
     from flowprefill_sglang.integration.prefill.loop import PrefillLoop
     from flowprefill_sglang.integration.prefill.memory import PrefillMemory
@@ -76,7 +78,8 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         raise StartupError("SGLANG_SCHEDULER_MAX_RECV_PER_POLL is set: unset it, or use --prefill-scheduler stock")
     model_runner = scheduler.tp_worker.model_runner
     gate = Gate()
-    install(gate)
+    slices = SlicedOperators(gate)
+    install(gate, slices)
     places, are_layers = ensure_boundaries(model_runner.model, gate)
     if not places:
         raise StartupError(
@@ -91,8 +94,12 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     if reason:
         logger.error("forward passes run whole, one after the other, in FlowPrefill's order: %s", reason)
         gate = Gate()  # which no operator crosses
+    costs = cost_model(scheduler, settings.cost_file)
+    target_s = settings.slice_target_s(torch.device(model_runner.device).type)
+    if target_s and not reason:
+        slice_long_operators(scheduler, gate, state, slices, slots, costs, target_s)
     core = PrefillScheduler(
-        Predictor(cost_model(scheduler, settings.cost_file)),
+        Predictor(costs),
         policy=settings.policy,
         aging=AgingLimits(max_wait_s=settings.max_wait_s, max_suspend_s=settings.max_suspend_s),
         batching=BatchLimits(

@@ -33,8 +33,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
+from flowprefill_sglang.integration.preemption import sliced_operators
 from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
+from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.self_test import interruption_fault
+from flowprefill_sglang.integration.preemption.sliced_operators import Kind, work_of
+from flowprefill_sglang.integration.preemption.slicing import slicing_fault
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.interrupted import JOBS, Action, Bench, Mismatch, Schedule, Step
 from flowprefill_testing.tiny_models import make_model
@@ -196,6 +200,45 @@ def held_over_bound(bench: Bench, lengths: Sequence[int]) -> float:
     return held / activation_bytes(engine.model_runner.model_config, sum(lengths), dtype=engine.model_runner.dtype)
 
 
+def sliced(bench: Bench, count: int) -> dict[str, Any]:
+    """The same with every operator in slices; and how far these are off whole ones."""
+    whole = [bench.reference(job) for job in range(len(JOBS))]
+    suspensions = bench.suspensions
+    faults = slicing_faults(bench)
+    bench.slice_operators()
+    slices = bench.slices.slices
+    distance = max(bench.reference(job).distance(outcome) for job, outcome in enumerate(whole))
+    slices = bench.slices.slices - slices
+    return {
+        "faults": faults,
+        "distance": distance,
+        "scale": max(float(outcome.forwards[0][0].abs().max()) for outcome in whole),
+        "slices": slices,
+        "schedules": random_schedules(bench, count),
+        "suspensions": bench.suspensions - suspensions,
+        "held_over_bound": held_over_bound(bench, (40, 24)),
+    }
+
+
+def slicing_faults(bench: Bench) -> dict[str, str | None]:
+    """What the start-up test of slicing says, by kind; and of linear layers that mix up their rows."""
+    runner = bench.engine.model_runner
+    work = work_of(runner.model)
+    tiles = AttentionTiles(bench.slots.build, type(runner.attn_backend).__name__)
+
+    def fault(kind: Kind) -> str | None:
+        return slicing_fault(bench.engine.scheduler, bench.gate, bench.state, bench.slices, work, tiles, kind)
+
+    found = {str(kind): fault(kind) for kind in work.all_kinds}
+    cut = sliced_operators.row_slices
+    sliced_operators.row_slices = lambda rows, limit: [(a, b) if a else (a, b - 1) for a, b in cut(rows, limit)]
+    try:
+        found["a row left out"] = fault(Kind.LINEAR)
+    finally:
+        sliced_operators.row_slices = cut
+    return found
+
+
 def report(directory: Path, architecture: str, backend: str, count: int, is_broken_too: bool) -> dict[str, Any]:
     model = make_model(directory / f"models-{backend}", architecture)
     engine = OfflineEngine(
@@ -219,6 +262,7 @@ def report(directory: Path, architecture: str, backend: str, count: int, is_brok
             "held_over_bound": held_over_bound(bench, (40, 24)),
             "self_test": self_test(bench),
             "broken": broken(bench) if is_broken_too else {},
+            "sliced": sliced(bench, count // 2),
         }
 
 

@@ -17,15 +17,21 @@ from typing import Any
 
 import torch
 
+from flowprefill_sglang.core.slicing import OperatorCosts
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
+from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.forward_state import ForwardState
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators, work_of
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.tiny_models import VOCABULARY
 
 SHARED_PREFIX_TOKENS = 8
+SLICE_ROWS = 8
+SLICE_PAIRS = 200.0
+"""Eight rows against up to 24 keys in one call; of longer prompts the last rows see their keys in parts."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,17 @@ class Outcome:
     forwards: list[tuple[torch.Tensor, list[int]]] = field(default_factory=list)
     kv: list[list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=list)
 
+    def distance(self, other: Outcome) -> float:
+        """The largest difference of two numbers at one place, in logits and KV."""
+        logits = [(a[0], b[0]) for a, b in zip(self.forwards, other.forwards, strict=True)]
+        layers = [
+            pair
+            for mine, others in zip(self.kv, other.kv, strict=True)
+            for mine_kv, others_kv in zip(mine, others, strict=True)
+            for pair in zip(mine_kv, others_kv, strict=True)
+        ]
+        return max(float((a - b).abs().max()) for a, b in [*logits, *layers])
+
     def differences(self, other: Outcome) -> Iterator[str]:
         for mine, others in zip(self.forwards, other.forwards, strict=True):
             if not torch.equal(mine[0], others[0]) or mine[1] != others[1]:
@@ -108,11 +125,13 @@ class Bench:
     def __init__(self, engine: OfflineEngine, prompts_seed: int = 0) -> None:
         self.engine = engine
         self.gate = Gate()
-        install(self.gate)
+        self.slices = SlicedOperators(self.gate)
+        install(self.gate, self.slices)
         self.slots = AttentionSlots(engine.model_runner, self.gate)
         self.slots.install()
         self.state = self.make_state()
         self._all_items = self.state.items
+        self.is_sliced = False
         self.max_depth = 0
         self.suspensions = 0
         self.endings: dict[str, int] = dict.fromkeys(["end", *Action], 0)
@@ -133,11 +152,23 @@ class Bench:
         own = [rng.randrange(1, VOCABULARY) for _ in range(spec.lengths[index])]
         return self._prefix + own if index in spec.shared else own
 
+    def slice_operators(self) -> None:
+        """From now on every operator of tasks runs in slices of a few rows, and so do those of the references."""
+        self.is_sliced = True
+        self._references.clear()
+        runner = self.engine.model_runner
+        work = work_of(runner.model)
+        self.slices.set_limits(dict.fromkeys(work.rows, SLICE_ROWS))
+        tiles = AttentionTiles(self.slots.build, type(runner.attn_backend).__name__, granule_rows=SLICE_ROWS)
+        self.slices.set_attention(tiles, OperatorCosts(0.0, pair_s=1.0), SLICE_PAIRS)
+
     def reference(self, job: int) -> Outcome:
-        """The job's outcome when nothing interrupts it and no task is involved."""
+        """The job's outcome when nothing interrupts it, and, unless operators are sliced, no task is involved."""
         if job not in self._references:
             self._start_over()
             run = JobRun(self, job)
+            if self.is_sliced:
+                run.advance(Step(0, 1_000_000))
             while not run.is_over:
                 run.finish_forward(self.engine.run(run.batch))
             self._references[job] = run.outcome
