@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.compiler import is_compiling
@@ -76,11 +77,13 @@ def ensure_boundaries(model: torch.nn.Module, gate: Gate) -> tuple[int, int]:
 
 
 def _bounded(function: Callable[..., Any], gate: Gate) -> Callable[..., Any]:
+    kind = crc32(f"{function.__module__}.{function.__qualname__}".encode())  # the same number on every rank
+
     @wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
         if is_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
             return function(*args, **kwargs)
-        gate.cross()
+        gate.cross(kind)
         gate.is_closed = True
         try:
             return function(*args, **kwargs)
