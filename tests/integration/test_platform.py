@@ -134,6 +134,7 @@ def test_nothing_but_pytorch_is_needed(seen: dict[str, Any]) -> None:
 
 def test_defaults_give_way_to_what_the_user_set(seen: dict[str, Any]) -> None:
     always = {"disable_overlap_schedule": True, "sleep_on_idle": True, "disaggregation_mode": "null"}
+    always |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}
     assert seen["defaults"] == {"dtype": "float32", "max_total_tokens": 65_536, "mem_fraction_static": 0.8} | always
     assert seen["given"] == {"dtype": "bfloat16", "max_total_tokens": 100, "mem_fraction_static": 0.5} | always
 
