@@ -10,16 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from flowprefill_sglang.prefill_worker.lease import Lease
 from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 
 
 class Gate:
     """What a boundary checks; one per scheduler process."""
 
-    __slots__ = ("_clock", "_due_at", "_look", "_suspend", "boundaries", "device", "is_closed", "is_raised")
+    __slots__ = (
+        "_clock",
+        "_due_at",
+        "_lease",
+        "_look",
+        "_suspend",
+        "boundaries",
+        "device",
+        "is_closed",
+        "is_raised",
+    )
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, lease: Lease | None = None) -> None:
+        """``lease``: this rank's end, where several ranks compute together; it then decides where a task stops."""
         self._clock = clock
+        self._lease = lease
         self._look: Callable[[], bool] | None = None
         self._suspend: Callable[[], None] | None = None
         self._due_at: float | None = None
@@ -53,19 +66,22 @@ class Gate:
         None: no more."""
         self._look = look
 
-    def cross(self) -> None:
+    def cross(self, kind: int = 0) -> None:
         """Wait until the device is near, and stop the running task here if an event is pending. Returns at once when
-        nothing may stop here."""
+        nothing may stop here. ``kind``: a number for the operator, by which ranks compare what they have run."""
         if self.is_closed:
             return
         self.boundaries += 1
         if self.device is not None:
             self.device.hold(self._is_wanted)
-        if (
+        stops = (
             self.is_raised
             or (self._due_at is not None and self._clock() >= self._due_at)
             or (self._look is not None and self._look())
-        ) and self._suspend is not None:
+        )
+        if self._lease is not None:
+            stops = self._lease.cross(stops, kind)
+        if stops and self._suspend is not None:
             self._suspend()
             if self.device is not None:
                 self.device.hold(_never)  # others have run since, or the stop was postponed
@@ -74,12 +90,22 @@ class Gate:
         return self.is_raised or (self._due_at is not None and self._clock() >= self._due_at)
 
     def open(self, suspend: Callable[[], None]) -> None:
-        """A task is about to run on this thread; ``suspend``, called inside of it, stops it."""
+        """A task is about to run on this thread; ``suspend``, called inside of it, stops it, or calls
+        ``cannot_stop``. Raises what the lease raises."""
+        if self._lease is not None:
+            self._lease.begin()
         self._suspend = suspend
         self.is_closed = False
 
+    def cannot_stop(self) -> None:
+        """The task goes on at a boundary at which it was to stop."""
+        if self._lease is not None:
+            self._lease.cannot_stop()
+
     def close(self) -> None:
         """No task is running any more."""
+        if self._lease is not None and self._suspend is not None:
+            self._lease.end()
         self._suspend = None
         self.is_closed = True
 

@@ -134,6 +134,7 @@ class ForwardTask(Generic[Result]):
         """Called inside of the task, at a boundary."""
         if getcurrent() is not self._greenlet or not self._state.may_stop():
             self.postponed += 1
+            self._gate.cannot_stop()
             return
         self._saved = self._state.save()
         self.suspensions += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import MutableMapping
 from typing import Any, Final
 
 import torch
@@ -12,6 +14,27 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 KV_POOL_TOKENS: Final = 65_536
 """Default size of the KV pool. SGLang would take a fraction of the machine's free memory per server, and several
 servers share one machine here; ``--max-total-tokens`` changes it."""
+
+
+CORES_VARIABLE: Final = "SGLANG_CPU_OMP_THREADS_BIND"
+"""SGLang's: the cores of each rank, separated by ``|``."""
+
+
+def share_cores(ranks: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let a server have more ranks than the machine has NUMA nodes, which SGLang refuses unless it is told which cores
+    each rank may use. What it is told binds threads only where ``sgl_kernel`` is installed; how many threads a rank has
+    is PyTorch's ``OMP_NUM_THREADS``."""
+    if ranks == 1 or CORES_VARIABLE in environment:
+        return
+    from sglang.srt.utils.common import get_cpu_ids_by_node  # which asks for the platform when it is imported
+
+    if ranks <= len(get_cpu_ids_by_node()):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] for rank in range(ranks)]
+    environment[CORES_VARIABLE] = "|".join(
+        ",".join(map(str, share or [cores[rank % len(cores)]])) for rank, share in enumerate(shares)
+    )
 
 
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -39,6 +62,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_overlap_schedule = True
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = KV_POOL_TOKENS
+        share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
 
     def get_device(self, device_id: int = 0) -> str:
         """The name, as ``DeviceMixin`` declares it; SGLang 0.5.23's CPU mixin returns a ``torch.device``, on which the

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,78 +33,114 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@dataclass
+class Stock:
+    """A stock engine that may still be starting."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+
 @pytest.fixture(scope="session")
-def _servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, str]]:
-    directory = tmp_path_factory.mktemp("cluster")
-    ready_file, log_dir = directory / "ready.json", directory / "logs"
-    (stock_port,) = free_ports(1)
+def _stock(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    directory = tmp_path_factory.mktemp("stock")
+    (port,) = free_ports(1)
+    log = directory / "stock.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", *sizes(model_path), "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**environment(directory), "OMP_NUM_THREADS": "1"},
+        )
+    yield Stock(f"http://127.0.0.1:{port}", process, log)
+    end(process)
+
+
+@pytest.fixture(scope="session")
+def cluster(model_path: Path, tmp_path_factory: pytest.TempPathFactory, _stock: Stock) -> Iterator[Cluster]:
+    """One router, two prefill workers, one decode instance. The stock engine starts at the same time."""
+    layout = ["--page-size", str(PAGE_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)]
+    flags = ["--prefill", "2", "--decode", "1", *sizes(model_path), *layout]
+    with started_up(flags, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def stock_url(_stock: Stock) -> str:
+    """One stock SGLang engine, not disaggregated: no chunks, pages of one token."""
+    wait_until(lambda: answers(f"{_stock.url}/health_generate"), _stock.process, _stock.log)
+    return _stock.url
+
+
+@pytest.fixture(scope="module")
+def wide(model_path: Path, tmp_path_factory: pytest.TempPathFactory, _stock: Stock) -> Iterator[Cluster]:
+    """One router, one prefill worker and one decode instance, both of two tensor-parallel ranks."""
+    layout = ["--page-size", str(PAGE_TOKENS), "--chunked-prefill-size", str(CONTEXT_TOKENS)]
+    flags = ["--prefill", "1", "--decode", "1", "--tp-size", "2", *sizes(model_path), *layout]
+    with started_up(flags, tmp_path_factory.mktemp("wide")) as cluster:
+        yield cluster
+
+
+def sizes(model_path: Path) -> list[str]:
+    """Flags of every server here."""
+    return ["--model-path", str(model_path), "--context-length", str(CONTEXT_TOKENS), "--max-total-tokens", "40000"]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """Of servers whose temporary files go to a folder in ``directory``."""
     temporary = directory / "tmp"
     temporary.mkdir()
-    environment = {**os.environ, **STRICT, "TMPDIR": str(temporary)}
-    flags = ["--model-path", str(model_path), "--context-length", str(CONTEXT_TOKENS), "--max-total-tokens", "40000"]
-    stock_log = directory / "stock.log"
-    up_log = directory / "up.log"
-    with stock_log.open("wb") as stock_out, up_log.open("wb") as up_out:
-        stock = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *flags, "--port", str(stock_port)],
-            stdout=stock_out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-        )
-        layout = ["--page-size", str(PAGE_TOKENS), "--chunked-prefill-size", str(CHUNK_TOKENS)]
-        files = ["--ready-file", str(ready_file), "--log-dir", str(log_dir)]
-        command = ["up", "--prefill", "2", "--decode", "1", "--port", "0", *files, *flags, *layout]
+    return {**os.environ, **STRICT, "TMPDIR": str(temporary)}
+
+
+@contextmanager
+def started_up(flags: list[str], directory: Path) -> Iterator[Cluster]:
+    """A cluster by ``flowprefill up``, ended with the block."""
+    ready_file, log_dir, up_log = directory / "ready.json", directory / "logs", directory / "up.log"
+    files = ["--port", "0", "--ready-file", str(ready_file), "--log-dir", str(log_dir)]
+    with up_log.open("wb") as out:
         up = subprocess.Popen(
-            [sys.executable, "-m", "flowprefill_sglang", *command],
-            stdout=up_out,
+            [sys.executable, "-m", "flowprefill_sglang", "up", *files, *flags],
+            stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=environment,
+            env=environment(directory),
         )
-    stock_url = f"http://127.0.0.1:{stock_port}"
     try:
         wait_until(ready_file.exists, up, up_log)
-        wait_until(lambda: answers(f"{stock_url}/health_generate"), stock, stock_log)
         document = json.loads(ready_file.read_text())
         workers = {worker["name"]: worker for worker in document["workers"]}
-        yield Cluster(document["url"], workers, log_dir, up, ready_file), stock_url
+        yield Cluster(document["url"], workers, log_dir, up, ready_file)
     finally:
-        for process in (up, stock):
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-        for process in (up, stock):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end(up)
 
 
-@pytest.fixture(scope="session")
-def cluster(_servers: tuple[Cluster, str]) -> Cluster:
-    """One router, two prefill workers, one decode instance."""
-    return _servers[0]
-
-
-@pytest.fixture(scope="session")
-def stock_url(_servers: tuple[Cluster, str]) -> str:
-    """One stock SGLang engine, not disaggregated: no chunks, pages of one token."""
-    return _servers[1]
+def end(process: subprocess.Popen) -> None:
+    """Interrupt it, and kill it if that does not help."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")
 def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
     """Two more prefill workers, which no router knows. They share the cluster's decode instance."""
-    sizes = {
+    flags_of = {
         "roomy": ["--max-total-tokens", "40000", "--max-blocking-ms", "2"],
         "tight": ["--max-total-tokens", "6600"],
     }
-    sizes["tight"] += ["--chunked-prefill-size", "1024"]
+    flags_of["tight"] += ["--chunked-prefill-size", "1024"]
     with DirectWorkers(model_path, cluster.log_dir, STRICT) as workers:
-        for name, flags in sizes.items():
+        for name, flags in flags_of.items():
             workers.start(name, flags)
-        yield {name: workers.pair(name, cluster.workers["decode-0"]["url"]) for name in sizes}
+        yield {name: workers.pair(name, cluster.workers["decode-0"]["url"]) for name in flags_of}
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +161,9 @@ def _logs_of_a_failure(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails shows what the processes said."""
     failed_before = request.session.testsfailed
     yield
-    if request.session.testsfailed > failed_before and "cluster" in request.fixturenames:
-        print(request.getfixturevalue("cluster").logs())
+    if request.session.testsfailed > failed_before:
+        for name in {"cluster", "wide"} & set(request.fixturenames):
+            print(request.getfixturevalue(name).logs())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

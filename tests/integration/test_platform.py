@@ -110,6 +110,7 @@ def seen() -> dict[str, Any]:
 
         def resolved(**given):
             unset = {"dtype": "auto", "max_total_tokens": None, "mem_fraction_static": None}
+            unset |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}
             server_args = SimpleNamespace(**unset | {"disaggregation_mode": "null"} | given)
             current_platform.apply_server_args_defaults(server_args)
             return vars(server_args)
@@ -133,5 +134,32 @@ def test_nothing_but_pytorch_is_needed(seen: dict[str, Any]) -> None:
 
 def test_defaults_give_way_to_what_the_user_set(seen: dict[str, Any]) -> None:
     always = {"disable_overlap_schedule": True, "sleep_on_idle": True, "disaggregation_mode": "null"}
+    always |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}
     assert seen["defaults"] == {"dtype": "float32", "max_total_tokens": 65_536, "mem_fraction_static": 0.8} | always
     assert seen["given"] == {"dtype": "bfloat16", "max_total_tokens": 100, "mem_fraction_static": 0.5} | always
+
+
+SHARES = """
+    import os
+
+    os.sched_getaffinity = lambda pid: {0, 1, 2}
+    from sglang.srt.utils import common
+
+    common.get_cpu_ids_by_node = lambda: ["0,1,2"]
+    from flowprefill_sglang.integration.cpu_platform import share_cores
+
+    for ranks in (1, 2, 4):
+        share_cores(ranks, facts.setdefault(f"{ranks}", {}))
+    facts["told"] = {"SGLANG_CPU_OMP_THREADS_BIND": "2|1"}
+    share_cores(2, facts["told"])
+"""
+
+
+def test_ranks_share_the_cores_of_one_node() -> None:
+    variable = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert facts_of(SHARES) == {
+        "1": {},
+        "2": {variable: "0|1,2"},
+        "4": {variable: "0|0|1|2"},
+        "told": {variable: "2|1"},
+    }

@@ -81,3 +81,41 @@ def test_nothing_stops_after_the_task_has_left() -> None:
     gate.raise_flag()
     gate.cross()
     assert stops.count == 0
+
+
+class Decided:
+    """A lease whose decisions are given; keeps what it was told."""
+
+    def __init__(self, *stops: bool) -> None:
+        self._stops = list(stops)
+        self.told: list[object] = []
+
+    def begin(self) -> None:
+        self.told.append("begin")
+
+    def cross(self, wants_stop: bool, kind: int) -> bool:
+        self.told.append((wants_stop, kind))
+        return self._stops.pop(0)
+
+    def cannot_stop(self) -> None:
+        self.told.append("cannot stop")
+
+    def end(self) -> None:
+        self.told.append("end")
+
+
+def test_with_other_ranks_the_lease_decides() -> None:
+    lease, stops = Decided(False, True), Stops()
+    gate = Gate(lease=lease)
+    gate.cross(kind=9)  # before any task, and of no interest to it
+    gate.open(stops)
+    gate.raise_flag()
+    gate.cross(kind=5)
+    assert stops.count == 0, "it has not been granted"
+    gate.clear()
+    gate.cross(kind=6)
+    assert stops.count == 1
+    gate.cannot_stop()
+    gate.close()
+    gate.close()  # of a task that is discarded, without a stretch
+    assert lease.told == ["begin", (True, 5), (False, 6), "cannot stop", "end"]

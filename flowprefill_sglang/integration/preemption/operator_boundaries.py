@@ -16,6 +16,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.compiler import is_compiling
@@ -101,12 +102,13 @@ def boundary_owners(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 def _bounded(function: Callable[..., Any], gate: Gate, owner: object = None) -> Callable[..., Any]:
     """``owner``: of a bound function; else it is the first argument."""
+    kind = crc32(f"{function.__module__}.{function.__qualname__}".encode())  # the same number on every rank
 
     @wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
         if is_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
             return function(*args, **kwargs)
-        gate.cross()
+        gate.cross(kind)
         if gate.device is not None:
             gate.device.launched(args[0] if owner is None else owner, 1.0)
         gate.is_closed = True

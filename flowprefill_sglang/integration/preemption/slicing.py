@@ -8,6 +8,7 @@ slices far shorter than any in use. What is not reproduced runs whole.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -45,11 +46,13 @@ def slice_long_operators(
     slots: AttentionSlots,
     model: CostModel,
     max_blocking_s: float,
+    everybody: Callable[[list[Kind]], list[list[Kind]]] = lambda kinds: [kinds],
 ) -> None:
     """Slice what ``model`` expects to take longer than ``max_blocking_s``, of the kinds that can be sliced here.
 
-    On the scheduler's thread, with boundaries and attention slots in place and no request under way. Raises what a
-    forward raises.
+    ``everybody`` gathers a value of every rank: they must cut alike, or they would stop at different boundaries. On the
+    scheduler's thread, with boundaries and attention slots in place and no request under way. Raises what a forward
+    raises.
     """
     runner = scheduler.tp_worker.model_runner
     work = work_of(runner.model)
@@ -61,6 +64,7 @@ def slice_long_operators(
             kinds.append(kind)
         else:
             logger.warning("%s layers are not sliced: %s", kind, fault)
+    kinds = [kind for kind in kinds if all(kind in theirs for theirs in everybody(kinds))]
     slices.set_costs(work, model, max_blocking_s, tiles, kinds)
     logger.info("blocking target %g ms: %s", max_blocking_s * 1000, slices.describe())
 

@@ -9,6 +9,10 @@ What happens comes from two sides. SGLang's sockets bring requests, aborts and c
 ``ingest_requests`` handles them (``control`` sees to those that must not meet a suspended task). The transfer
 backend's threads report a decode instance that is ready for a request, and a handoff that has ended. ``wakeup.News``
 hears of all of it and says when a running task should stop for it.
+
+With tensor parallelism each rank runs this loop. What only one of them can know, clock readings and what has happened,
+the leader says and the others take over (``prefill_worker.ranks``); from there on all compute the same, and a follower
+sleeps where it waits for the leader's next word.
 """
 
 from __future__ import annotations
@@ -26,17 +30,18 @@ from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
+from flowprefill_sglang.integration.prefill.ended_handoffs import EndedHandoffs
 from flowprefill_sglang.integration.prefill.grammars import Grammars
-from flowprefill_sglang.integration.prefill.handoffs import Handoffs
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.reports import Reports
-from flowprefill_sglang.integration.prefill.request_terms import terms_of
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Wakeup
+from flowprefill_sglang.integration.prefill.request_terms import as_request, terms_of
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Taken, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 from flowprefill_sglang.prefill_worker.journal import Journal
+from flowprefill_sglang.prefill_worker.ranks import Ranks
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
 from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
@@ -84,26 +89,29 @@ class PrefillLoop:
         memory: PrefillMemory,
         settings: SchedulerSettings,
         device: RunAhead,
+        ranks: Ranks,
     ) -> None:
         self._scheduler = scheduler
+        self._ranks = ranks
         self._core = core
         self._gate, self._state, self._device = gate, state, device
         self._reports = Reports(reporter, gate, device)
         self._journal = Journal(self._reports.record)
         self._news = news
-        self._handoffs = Handoffs(scheduler, news, gate)
         self._memory = memory
         self._settings = settings
         self._batches = PrefillBatches(scheduler)
         channels = scheduler.ipc_channels
         sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
-        self._wakeup = Wakeup(sockets, gate)
+        self._wakeup = Wakeup(sockets, gate, ranks=ranks)
         self._doorbell = Doorbell(sockets, news.message_came)
+        self._handoffs = EndedHandoffs(scheduler, core, gate, news)
         self._grammars = Grammars(scheduler, self._wakeup)
         self._reqs: dict[Request, Req] = {}
         self._request_of: dict[Req, Request] = {}
         self._begun: dict[Task, Begun] = {}
         self._trigger: Trigger | None = None
+        self._has_failure = False  # of a handoff, which no turn has looked at yet
         self._news_at: float | None = None  # when the first thing happened that this turn has taken in
         self._stopped_at = 0.0  # when the running task last gave the thread back
         self._building_s = 0.0  # of this round: SGLang making batches
@@ -112,7 +120,8 @@ class PrefillLoop:
 
     def run(self) -> None:
         """Serve until SGLang is told to exit. What is still under way then is discarded."""
-        self._news.listen(self._wakeup)
+        self._news.listen(self._wakeup, self._ranks)
+        self._ranks.listen(self._news.heard, self._news.rank_lost)
         try:
             with_frame_room(self._serve)
         finally:
@@ -130,9 +139,10 @@ class PrefillLoop:
         scheduler = self._scheduler
         self._wakeup.clear()
         self._news_at = None
-        self._take_in_ended_handoffs()
-        if self._news.has_message or self._core.running is None:  # a task is stopped for a decode instance alone, too
-            self._news.has_message = False
+        taken = self._ranks.agree("turn", self._news.take())
+        self._has_failure |= taken.has_failure
+        self._take_in_ended_handoffs(taken)
+        if taken.has_message or self._core.running is None:  # a task is stopped for a decode instance alone, too
             scheduler.ingest_requests()
         if scheduler._engine_paused:
             scheduler._record_scheduler_state_for_paused_engine()
@@ -150,22 +160,19 @@ class PrefillLoop:
         else:
             self._advance(self._core.running)
 
-    def _take_in_ended_handoffs(self) -> None:
+    def _take_in_ended_handoffs(self, taken: Taken) -> None:
         """Before all else: a flush that came meanwhile would be refused for them, and requests need their metadata
         buffers to leave the bootstrap queue. SGLang leaves it out while it is paused; then the cache could not be
         flushed after a weight update either."""
-        core = self._core
-        ended_at = self._handoffs.take_in(
-            time.monotonic(), is_running=core.running is not None, is_waiting=bool(core.waiting)
-        )
-        if ended_at is not None:
-            self._has_news(ended_at)
+        freed_at = self._handoffs.take_in(taken)
+        if freed_at is not None:
+            self._has_news(freed_at)
             self._trigger = Trigger.KV_POOL
 
     def _take_in_kv_events(self) -> None:
         scheduler, news = self._scheduler, self._news
-        if news.has_failure:
-            news.has_failure = False
+        if self._has_failure:
+            self._has_failure = False
             scheduler.resolve_waiting_queue_bootstrap()
             self.withdraw_what_is_gone()
         queue = scheduler.disagg_prefill_bootstrap_queue
@@ -189,18 +196,10 @@ class PrefillLoop:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _arrived(self, req: Req) -> None:
-        now = time.monotonic()
-        terms = terms_of(req, now, self._settings.default_objective_s)
+        now = self._ranks.now()
+        terms = self._ranks.agree("terms", terms_of(req, now, self._settings.default_objective_s))
         req.init_next_round_input(self._scheduler.tree_cache, cow_mamba=False)
-        request = Request(
-            rid=terms.rid,
-            slo_class=terms.slo_class,
-            new_tokens=len(req.origin_input_ids) - req.prefix_len,
-            cached_tokens=req.prefix_len,
-            arrived_at=terms.received_at,
-            deadline_at=terms.deadline_at,
-            priority=terms.priority,
-        )
+        request = as_request(req, terms)
         self._reqs[request] = req
         self._request_of[req] = request
         self._core.arrived(request)
@@ -221,7 +220,7 @@ class PrefillLoop:
         to it.
         """
         waiting = set(self._scheduler.waiting_queue)
-        now = time.monotonic()
+        now = self._ranks.now()
         for request, req in list(self._reqs.items()):
             if request.candidate.standing is Standing.WAITING and req not in waiting:
                 self._withdraw(request, now)
@@ -249,7 +248,7 @@ class PrefillLoop:
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def _round(self, trigger: Trigger) -> None:
-        began_at = time.monotonic()
+        began_at = self._ranks.now()
         self._trigger = None
         self._building_s = 0.0
         is_memory_short = False
@@ -285,7 +284,7 @@ class PrefillLoop:
     def _note_memory(self, *, is_short: bool) -> None:
         news = self._news
         news.is_memory_short = is_short
-        if is_short and news.ended_at is not None:
+        if is_short and (self._handoffs.ended_at is not None or news.ended_at is not None):
             self._wakeup.now_please()  # it ended when nobody was in need
 
     def _go_on(self, task: Task, now: float) -> None:
@@ -327,7 +326,7 @@ class PrefillLoop:
 
     def _start(self, batch: Batch) -> None:
         requests = [self._request_of[req] for req in batch.reqs]
-        now = time.monotonic()
+        now = self._ranks.now()
         self._preempt_for(requests)
         extents = []
         for request, req in zip(requests, batch.reqs, strict=True):
@@ -345,10 +344,11 @@ class PrefillLoop:
     def _advance(self, task: Task) -> None:
         """Run a task until it ends or an event stops it."""
         begun = self._begun[task]
+        self._ranks.confirm("run", (task.number, task.new_tokens, task.cached_tokens, begun.forward.suspensions))
         self._scheduler.cur_batch_for_debug = begun.batch.schedule_batch  # arms SGLang's watchdog
         self._device.runs(task.cost)
         has_ended = begun.forward.advance()
-        self._stopped_at = self._device.stopped(has_ended=has_ended)
+        self._stopped_at = self._ranks.agree("stopped", self._device.stopped(has_ended=has_ended))
         self._scheduler.cur_batch_for_debug = None
         if has_ended:
             del self._begun[task]
@@ -375,7 +375,7 @@ class PrefillLoop:
         """
         try:
             while (candidate := self._core.first_begun(half_prefilled=half_prefilled)) is not None:
-                now = time.monotonic()
+                now = self._ranks.now()
                 task = self._core.task_of(candidate)
                 if task is not None:
                     self._go_on(task, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 class PrefillMemory:
     """Measures once, at its making, what is free after weights and KV pool; asks SGLang for the rest each time."""
 
-    def __init__(self, scheduler: Scheduler, settings: SchedulerSettings) -> None:
+    def __init__(
+        self, scheduler: Scheduler, settings: SchedulerSettings, least: Callable[[int], int] = lambda value: value
+    ) -> None:
+        """``least``: the smallest of a value over all ranks, called once."""
         self._scheduler = scheduler
         self._max_tasks = settings.max_tasks
         self._page_tokens: int = scheduler.page_size
         runner = scheduler.tp_worker.model_runner
         self._bytes_of = partial(activation_bytes, runner.model_config, dtype=runner.dtype, tp_size=scheduler.tp_size)
-        self._max_activation_bytes = int(settings.activation_fraction * _free_bytes(runner.device))
+        free_bytes = least(_free_bytes(runner.device, scheduler.tp_size))
+        self._max_activation_bytes = int(settings.activation_fraction * free_bytes)
 
     def room(self, core: PrefillScheduler) -> Room:
         """What there is now, with everything begun as ``core`` knows it."""
@@ -51,7 +56,7 @@ class PrefillMemory:
         return self._bytes_of(min(new_tokens, self._scheduler.chunked_prefill_size or new_tokens), cached_tokens)
 
 
-def _free_bytes(device: str) -> int:
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
+def _free_bytes(device: str, ranks: int) -> int:
+    if device == "cpu":  # of which all ranks of this worker have a share
+        return int(psutil.virtual_memory().available) // ranks
     return int(torch.get_device_module(device).mem_get_info()[0])

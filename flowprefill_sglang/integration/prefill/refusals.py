@@ -66,8 +66,8 @@ def _scheduler(settings: Any) -> dict[str, bool]:
         ),
         f"--enable-dp-attention or --dp-size above 1: ranks that run in step cannot stop alone; start more prefill "
         f"workers, {STOCK}": settings.enable_dp_attention or settings.dp_size > 1,
-        f"--tp-size above 1: ranks do not agree yet on the boundary to stop at; start more prefill workers, "
-        f"{STOCK}": settings.tp_size > 1,
+        f"--nnodes above 1: ranks agree on the boundary to stop at in memory that they share; use a --tp-size that one "
+        f"machine holds and start more prefill workers, {STOCK}": settings.nnodes > 1,
         f"--attn-cp-size above 1: context-parallel ranks run in step; use --chunked-prefill-size, {STOCK}": (
             settings.attn_cp_size > 1
         ),

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from flowprefill_sglang.errors import StartupError
 from flowprefill_sglang.integration.hooks import Hook, HookKind, sglang_version
+from flowprefill_sglang.prefill_worker.scheduler import Request
 from flowprefill_sglang.wire.messages import Dispatch
 
 OBJECTIVE: Final = "ttft_slo_ms"
@@ -152,6 +153,19 @@ def terms_of(req: Any, now: float, default_objective_s: float) -> RequestTerms: 
         known = _read(req, now, default_objective_s)
         setattr(req, _ATTRIBUTE, known)
     return known
+
+
+def as_request(req: Any, terms: RequestTerms) -> Request:  # SGLang's Req, with its prefix looked up
+    """The request as our state machine knows it."""
+    return Request(
+        rid=terms.rid,
+        slo_class=terms.slo_class,
+        new_tokens=len(req.origin_input_ids) - req.prefix_len,
+        cached_tokens=req.prefix_len,
+        arrived_at=terms.received_at,
+        deadline_at=terms.deadline_at,
+        priority=terms.priority,
+    )
 
 
 def _read(req: Any, now: float, default_objective_s: float) -> RequestTerms:

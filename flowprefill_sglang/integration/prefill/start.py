@@ -68,16 +68,18 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     from flowprefill_sglang.integration.prefill.control import control
     from flowprefill_sglang.integration.prefill.loop import PrefillLoop
     from flowprefill_sglang.integration.prefill.memory import PrefillMemory
+    from flowprefill_sglang.integration.prefill.tensor_parallel import join
     from flowprefill_sglang.integration.prefill.wakeup import news
     from flowprefill_sglang.prefill_worker.boundaries import Gate
-    from flowprefill_sglang.prefill_worker.reporter import from_environment
+    from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter, from_environment
     from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler
 
     if scheduler.max_recv_per_poll >= 0:
         # What a limited read leaves in the socket announces itself to nobody (wakeup.Doorbell).
         raise StartupError("SGLANG_SCHEDULER_MAX_RECV_PER_POLL is set: unset it, or use --prefill-scheduler stock")
     model_runner = scheduler.tp_worker.model_runner
-    gate = Gate()
+    group = join(scheduler)
+    gate = Gate(lease=group.lease)
     slices = SlicedOperators(gate)
     install(gate, slices)
     places, are_layers = ensure_boundaries(model_runner.model, gate)
@@ -90,14 +92,19 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     slots.reserve(READY_SLOTS)
     slots.install()
     state = ForwardState(model_runner, stage_metrics=scheduler.scheduler_stage_metrics)
-    reason = "; ".join(obstacles()) or interruption_fault(scheduler, gate, state)
-    if reason:
+    with group.blaming_the_dead():
+        reasons = group.everybody("; ".join(obstacles()))  # all ranks try it, or none: a forward pass takes all
+        if not any(reasons):
+            reasons = group.everybody(interruption_fault(scheduler, gate, state) or "")
+    if any(reasons):
+        reason = next(filter(None, reasons))
         logger.error("forward passes run whole, one after the other, in FlowPrefill's order: %s", reason)
         gate = Gate()  # which no operator crosses
-    costs = cost_model(scheduler, settings.cost_file)
+    costs = group.everybody(cost_model(scheduler, settings.cost_file))[0]  # the leader's: a file may differ
     target_s = settings.slice_target_s(torch.device(model_runner.device).type)
-    if target_s and not reason:
-        slice_long_operators(scheduler, gate, state, slices, slots, costs, target_s)
+    if target_s and not any(reasons):
+        with group.blaming_the_dead():
+            slice_long_operators(scheduler, gate, state, slices, slots, costs, target_s, group.everybody)
     core = PrefillScheduler(
         Predictor(costs),
         policy=settings.policy,
@@ -108,18 +115,19 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         now=time.monotonic(),
     )
     device, gate.device = run_ahead(model_runner, settings)
-    choice.leave_to(lambda: bool(reason) or device.is_short)  # what runs whole may as well run as a graph
+    choice.leave_to(lambda: any(reasons) or device.is_short)  # what runs whole may as well run as a graph
     _adapt(scheduler, gate)
     loop = PrefillLoop(
         scheduler,
         core,
         gate=gate,
         state=state,
-        reporter=from_environment(),
+        reporter=from_environment() if group.ranks.leads else SchedulerReporter(None),
         news=news,
-        memory=PrefillMemory(scheduler, settings),
+        memory=PrefillMemory(scheduler, settings, group.least),
         settings=settings,
         device=device,
+        ranks=group.ranks,
     )
     if model_runner.lora_manager is not None:
         hold_adapters(model_runner.lora_manager, loop.adapters_in_use)
@@ -131,9 +139,11 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     )
     control.loop = loop
     try:
-        loop.run()
+        with group.blaming_the_dead():
+            loop.run()
     finally:
         control.loop = None
+        group.ranks.close()
 
 
 def _adapt(scheduler: Scheduler, gate: Gate) -> None:

@@ -9,6 +9,9 @@ when the task stops or ends by itself: a stop costs up to a millisecond, and a r
 that come in a burst share their stops: see ``Pace``.
 
 ``Wakeup`` is the loop's own bed: it sleeps on the sockets and on an eventfd, and gets up for either.
+
+With tensor parallelism the leader's loop sleeps here and decides; a follower's news goes to the leader, which counts a
+room as ready, or ended, once every rank has said so.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from flowprefill_sglang.integration.hooks import Hook, HookKind
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.ranks import Alone, Ranks, RoomChanged, WakeUp
+from flowprefill_sglang.prefill_worker.ranks import News as RankNews
+from flowprefill_sglang.prefill_worker.rooms import RoomReports
 
 MAX_READY_ROOMS = 4096
 """Rooms whose decode instance is ready and whose request has not come, of which the moment is remembered. A request
@@ -69,9 +76,14 @@ class Wakeup:
     """Owned by the scheduler's thread; those that ask for it may be called from any."""
 
     def __init__(
-        self, sockets: Iterable[zmq.Socket[bytes]], gate: Gate, clock: Callable[[], float] = time.monotonic
+        self,
+        sockets: Iterable[zmq.Socket[bytes]],
+        gate: Gate,
+        clock: Callable[[], float] = time.monotonic,
+        ranks: Ranks | None = None,
     ) -> None:
         self._gate = gate
+        self._ranks = ranks or Alone()
         self._clock = clock
         self.pace = Pace()
         self._looked_at = -math.inf
@@ -84,6 +96,7 @@ class Wakeup:
     def now_please(self) -> None:
         """Stop the running task at its next boundary, a little later if the loop has looked for news just now, or get
         the loop up if it sleeps."""
+        self._ranks.tell(WakeUp(is_urgent=True))
         early_s = self._looked_at + self.pace.spacing_s - self._clock()
         if early_s > 0:
             self._gate.raise_within(early_s)
@@ -93,6 +106,7 @@ class Wakeup:
 
     def soon_please(self) -> None:
         """Stop the running task after ``MAY_WAIT_S``, or get the loop up if it sleeps."""
+        self._ranks.tell(WakeUp(is_urgent=False))
         self._gate.raise_within(MAY_WAIT_S)
         self._if_asleep()
 
@@ -107,8 +121,10 @@ class Wakeup:
             os.eventfd_read(self._eventfd)
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until something happens, at most ``timeout_s``."""
-        self._poller.poll(int(timeout_s * 1000))
+        """Sleep until something happens, at most ``timeout_s``. Not on a rank that follows: it sleeps where it waits
+        for the leader's next word."""
+        if self._ranks.leads:
+            self._poller.poll(int(timeout_s * 1000))
 
     def close(self) -> None:
         """Nobody may ask any more."""
@@ -149,6 +165,16 @@ class Doorbell:
                 self._ring()
 
 
+class Taken(msgspec.Struct, frozen=True, array_like=True):
+    """What has happened since the loop last took it."""
+
+    at: float
+    """When it was taken."""
+    has_message: bool
+    has_failure: bool
+    ended_at: float | None
+
+
 class News:
     """What other threads report to the loop: messages, and state changes of KV handoffs."""
 
@@ -167,14 +193,30 @@ class News:
         self.is_memory_short = False
         """Whether somebody waits for what an ended handoff holds. Set by the loop."""
         self._wakeup: Wakeup | None = None
+        self._ranks: Ranks = Alone()
+        self._reports = RoomReports(ranks=1, capacity=MAX_READY_ROOMS)
 
-    def listen(self, wakeup: Wakeup | None) -> None:
-        """Wake this loop from now on; None: nobody. Also forgets what came before there was a listener."""
+    def listen(self, wakeup: Wakeup | None, ranks: Ranks | None = None) -> None:
+        """Wake this loop from now on; None: nobody. Also forgets what came before there was a listener. ``ranks``: the
+        group it is in."""
         self._wakeup = wakeup
+        self._ranks = ranks or Alone()
+        self._reports = RoomReports(self._ranks.count, capacity=MAX_READY_ROOMS)
         self.ready_at.clear()
         self.ended_at = None
         self.awaited = frozenset()
         self.has_message = self.is_memory_short = False
+
+    def take(self) -> Taken:
+        """What has happened, which is then no news any more. Only what was found is reset: the other threads go on."""
+        taken = Taken(time.monotonic(), self.has_message, self.has_failure, self.ended_at)
+        if taken.has_message:
+            self.has_message = False
+        if taken.has_failure:
+            self.has_failure = False
+        if taken.ended_at is not None:
+            self.ended_at = None
+        return taken
 
     # Each of two threads first leaves its own mark and then looks for the other's, so one of them sees both.
 
@@ -189,9 +231,35 @@ class News:
             self._wakeup.soon_please()
 
     def changed(self, room: int, status: Any) -> None:  # KVPoll, from any thread
-        """A room has a new status."""
+        """A room has a new status on this rank."""
+        if self._wakeup is None or status in (KVPoll.Bootstrapping, KVPoll.Transferring):
+            return
+        if self._ranks.leads:
+            self._changed_on(0, room, status)
+        else:
+            self._ranks.tell(RoomChanged(room, int(status)))
+
+    def heard(self, rank: int, news: RankNews) -> None:
+        """Another rank's news; on the thread that listens to it."""
+        match news:
+            case RoomChanged(room, status):
+                self._changed_on(rank, room, status)
+            case WakeUp(is_urgent) if self._wakeup is not None:
+                (self._wakeup.now_please if is_urgent else self._wakeup.soon_please)()
+
+    def rank_lost(self) -> None:
+        """A rank is gone. The loop finds out by itself where it needs it, and needs a turn for that."""
         wakeup = self._wakeup
-        if wakeup is None or status in (KVPoll.Bootstrapping, KVPoll.Transferring):
+        if wakeup is not None:
+            wakeup.now_please()
+
+    def _changed_on(self, rank: int, room: int, status: Any) -> None:  # KVPoll
+        wakeup = self._wakeup
+        if status == KVPoll.Failed:
+            self._reports.forget(room)
+        elif not self._reports.is_last(rank, room, int(status)):
+            return
+        if wakeup is None:
             return
         if status == KVPoll.WaitingForInput:
             self._became_ready(room, wakeup)

@@ -25,7 +25,7 @@ class Settings:
     pp_size: int = 1
     enable_dp_attention: bool = False
     dp_size: int = 1
-    tp_size: int = 1
+    nnodes: int = 1
     attn_cp_size: int = 1
     enable_two_batch_overlap: bool = False
     enable_single_batch_overlap: bool = False
@@ -56,7 +56,7 @@ OF_THE_SCHEDULER = [
     ({"pp_size": 2}, "--pp-size"),
     ({"enable_dp_attention": True}, "--enable-dp-attention"),
     ({"dp_size": 2}, "--dp-size"),
-    ({"tp_size": 2}, "--tp-size"),
+    ({"nnodes": 2}, "--nnodes"),
     ({"attn_cp_size": 2}, "--attn-cp-size"),
     ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
     ({"enable_single_batch_overlap": True}, "--enable-single-batch-overlap"),

@@ -9,8 +9,10 @@ import zmq
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from flowprefill_sglang.integration.prefill import wakeup
-from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Pace, Wakeup
+from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Pace, Taken, Wakeup
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.ranks import Alone, RoomChanged, WakeUp
+from flowprefill_sglang.prefill_worker.ranks import News as RankNews
 from flowprefill_testing.gates import Clock, stops
 
 LONG_S = 20.0
@@ -235,6 +237,99 @@ def test_without_a_loop_nothing_is_kept(events: News, gate: Gate) -> None:
         events.changed(7, status)
     assert not gate.is_raised
     assert not events.ready_at
+
+
+# ---- tensor parallelism ---------------------------------------------------------------------------------------------
+
+
+class Group(Alone):
+    """One rank of two, which keeps what it is to tell the other."""
+
+    count = 2
+
+    def __init__(self, *, leads: bool) -> None:
+        super().__init__()
+        self.leads = leads
+        self.told: list[RankNews] = []
+
+    def tell(self, news: RankNews) -> None:
+        self.told.append(news)
+
+
+@pytest.fixture
+def leaders(bed: Wakeup) -> News:
+    leaders = News()
+    leaders.listen(bed, Group(leads=True))
+    leaders.awaited = frozenset({7})
+    return leaders
+
+
+def test_a_room_is_ready_once_it_is_on_every_rank(leaders: News, gate: Gate, bed: Wakeup) -> None:
+    leaders.changed(7, KVPoll.WaitingForInput)
+    assert not stops(gate)
+    leaders.heard(1, RoomChanged(7, int(KVPoll.WaitingForInput)))
+    assert stops(gate)
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_the_leader_may_be_the_last(leaders: News, gate: Gate) -> None:
+    leaders.heard(1, RoomChanged(7, int(KVPoll.WaitingForInput)))
+    assert not stops(gate)
+    leaders.changed(7, KVPoll.WaitingForInput)
+    assert stops(gate)
+
+
+def test_a_room_that_failed_on_one_rank_has_failed(leaders: News, gate: Gate) -> None:
+    leaders.heard(1, RoomChanged(7, int(KVPoll.Failed)))
+    assert stops(gate)
+    assert leaders.take().has_failure
+
+
+def test_a_handoff_has_ended_once_it_has_on_every_rank(leaders: News) -> None:
+    leaders.changed(7, KVPoll.Success)
+    assert leaders.take().ended_at is None
+    leaders.heard(1, RoomChanged(7, int(KVPoll.Success)))
+    assert leaders.take().ended_at is not None
+
+
+@pytest.mark.parametrize("is_urgent", [True, False])
+def test_a_follower_can_wake_the_leader(leaders: News, gate: Gate, bed: Wakeup, is_urgent: bool) -> None:
+    leaders.heard(1, WakeUp(is_urgent))
+    assert stops(gate) is is_urgent
+    assert seconds(bed.wait, LONG_S) < 1
+
+
+def test_a_lost_rank_stops_the_running_task(leaders: News, gate: Gate) -> None:
+    leaders.rank_lost()
+    assert stops(gate)
+
+
+def test_a_follower_tells_the_leader_and_does_nothing_itself(gate: Gate) -> None:
+    group = Group(leads=False)
+    bed, followers = Wakeup([], gate, ranks=group), News()
+    try:
+        followers.listen(bed, group)
+        for status in (KVPoll.Bootstrapping, KVPoll.WaitingForInput, KVPoll.Transferring, KVPoll.Success):
+            followers.changed(7, status)
+        bed.now_please()
+        assert group.told == [RoomChanged(7, 2), RoomChanged(7, 4), WakeUp(is_urgent=True)]
+        assert nothing(followers.take())
+        assert seconds(bed.wait, LONG_S) < 1, "it sleeps where it waits for the leader"
+    finally:
+        bed.close()
+
+
+def test_what_was_taken_is_no_news_any_more(events: News) -> None:
+    events.message_came()
+    events.changed(7, KVPoll.Failed)
+    taken = events.take()
+    assert (taken.has_message, taken.has_failure) == (True, True)
+    assert taken.ended_at is not None
+    assert nothing(events.take())
+
+
+def nothing(taken: Taken) -> bool:
+    return not taken.has_message and not taken.has_failure and taken.ended_at is None
 
 
 # ---- hooks ---------------------------------------------------------------------------------------------------------
