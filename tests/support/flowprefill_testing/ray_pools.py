@@ -24,7 +24,8 @@ FLAGS = ("--device", "cpu", "--context-length", "4096", "--max-total-tokens", "2
 def ray_nodes(workers: int) -> Iterator[Any]:
     """A Ray cluster with a head without CPUs and ``workers`` nodes with two each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # it kills for what other programs of the machine take
+    # Ray's own spelling. Its monitor kills members for the memory that other programs of the machine take.
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
     from ray.cluster_utils import Cluster
 
     quiet = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
