@@ -24,7 +24,7 @@ FLAGS = ("--device", "cpu", "--context-length", "4096", "--max-total-tokens", "2
 def ray_nodes(workers: int) -> Iterator[Any]:
     """A Ray cluster with a head without CPUs and ``workers`` nodes with two each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray's own spelling. Its monitor kills members for the memory that other programs of the machine take.
+    # It kills for what other programs of the machine take. Ray reads the name as it is, in this case.
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
     from ray.cluster_utils import Cluster
 
