@@ -161,8 +161,9 @@ class Pool:
             state = known["state"] if known else "not known to the router"
             if state == "ready" and not self.model:
                 self.model = (known or {})["model"]
-            reason = f"the router says: {state}" if sight.answered else "its actor does not answer"
-            await self._handle(Running(name, start, state == "ready" and sight.answered, reason))
+            # An actor that is slow to answer, on a busy node, is no reason to kill a server that serves.
+            reason = f"the router says: {state}{'' if sight.answered else ', and its actor does not answer'}"
+            await self._handle(Running(name, start, state == "ready", reason))
 
     async def _handle(self, event: Event) -> None:
         async with self._acting:  # what one event asks for is done before the next one is heard

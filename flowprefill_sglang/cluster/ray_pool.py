@@ -326,12 +326,12 @@ class RayHost:
             with contextlib.suppress(RayError, TimeoutError):
                 await asyncio.wait_for(_answer(entry.actor.end.remote(graces_s)), sum(graces_s) + _ANSWER_S)
                 clean = True
-            ray.kill(entry.actor)
+            await asyncio.to_thread(ray.kill, entry.actor)  # a call to Ray's head, which may be slow
         if not clean and entry.folder and entry.sight.node in {node["NodeID"] for node in _alive_nodes()}:
             with contextlib.suppress(RayError, TimeoutError):
                 await self._on_node(entry, _clear_away, entry.folder)
         if entry.group is not None:
-            remove_placement_group(entry.group)
+            await asyncio.to_thread(remove_placement_group, entry.group)
 
     async def log(self, name: str, lines: int) -> str:
         """The end of its log. Raises PeerFault."""
