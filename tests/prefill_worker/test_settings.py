@@ -65,6 +65,6 @@ def test_values_that_cannot_work_are_refused(values: dict[str, float], named: st
 
 def test_the_blocking_target_depends_on_the_device_unless_it_is_given() -> None:
     assert SchedulerSettings().blocking_target_s("cuda") == 0.002
-    assert SchedulerSettings().blocking_target_s("cpu") == 0.02
+    assert SchedulerSettings().blocking_target_s("cpu") == 0
     assert SchedulerSettings(max_blocking_ms=5.0).blocking_target_s("cpu") == 0.005
     assert SchedulerSettings(max_blocking_ms=0.0).blocking_target_s("cuda") == 0
