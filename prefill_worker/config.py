@@ -138,6 +138,7 @@ def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
         max_suspend_s=namespace.max_suspend_secs,
         batch_tokens=namespace.batch_tokens,
         max_blocking_ms=namespace.max_blocking_ms,
+        run_ahead=namespace.run_ahead,
         cost_file=namespace.cost_file,
     )
     return WorkerConfig(

@@ -19,8 +19,8 @@ ENVIRONMENT_VARIABLE = "FLOWPREFILL_SCHEDULER"
 
 ACCELERATOR_MAX_BLOCKING_MS: Final = 2.0
 """Small beside the shortest objectives in use (250 ms), large beside a launch (some microseconds)."""
-CPU_MAX_BLOCKING_MS: Final = 20.0
-"""As long as a stop may be put off anyway for what changes no decision; see docs/preemption.md for the measurement."""
+CPU_MAX_BLOCKING_MS: Final = 0.0
+"""Off: what slices cost there was measured on a busy machine only, and was too much (docs/preemption.md)."""
 
 
 class SchedulerKind(StrEnum):

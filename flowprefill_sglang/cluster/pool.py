@@ -154,9 +154,11 @@ class Pool:
             await self._handle(Ended(name, start, sight.ended))
         elif sight.waiting_for:
             await self._handle(Waiting(name, start, f"waits for {sight.waiting_for}"))
-        elif workers is not None or not sight.answered:  # a router that does not answer says nothing about anybody
+        elif workers is None:
+            await self._handle(Running(name, start, None, "the router does not answer"))
+        else:
             known = _entry_of(workers, sight.url)
-            if member.kind == "decode" and known is None and workers and member.state is not MemberState.DRAINING:
+            if member.kind == "decode" and known is None and member.state is not MemberState.DRAINING:
                 await self._ask_router("POST", {"url": sight.url, "worker_type": "decode"})
             state = known["state"] if known else "not known to the router"
             if state == "ready" and not self.model:

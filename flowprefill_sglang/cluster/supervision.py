@@ -109,11 +109,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """Its process runs; ``takes_requests`` is what the router says of it. ``reason``: why not."""
+    """Its process runs; ``takes_requests`` is what the router says of it, None while the router says nothing.
+    ``reason``: why not."""
 
     name: str
     start: int
-    takes_requests: bool
+    takes_requests: bool | None
     reason: str = ""
 
 
@@ -229,6 +230,8 @@ class Supervisor:
                 member.failures = 0
         elif member.state is MemberState.READY:
             member.reason = event.reason
+            if event.takes_requests is None:  # nobody is to be killed for what is not known
+                member.well_at = now
 
     def _ended(self, member: Member, reason: str, now: float) -> list[Action]:
         remove = Remove(member.name, member.start)

@@ -94,6 +94,16 @@ def test_one_that_hangs_is_replaced() -> None:
     assert "failed its health checks for 10 s: the router says dead" in supervisor.members["prefill-0"].last_failure
 
 
+def test_nobody_is_replaced_because_the_router_says_nothing() -> None:
+    supervisor = pool(decode=0)
+    for now in range(1, 60):
+        supervisor.handle(Running("prefill-0", 1, takes_requests=None, reason="the router does not answer"), now)
+        assert supervisor.handle(Tick(), now) == []
+    assert supervisor.members["prefill-0"].reason == "the router does not answer"
+    supervisor.handle(Running("prefill-0", 1, takes_requests=False, reason="the router says dead"), 60.0)
+    assert supervisor.handle(Tick(), 69.1) == [Remove("prefill-0", 1)]
+
+
 def test_one_that_does_not_come_up_is_replaced() -> None:
     supervisor = Supervisor(PATIENCE)
     supervisor.handle(Scaled(1, 0), 0.0)

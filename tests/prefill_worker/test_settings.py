@@ -65,12 +65,13 @@ def test_values_that_cannot_work_are_refused(values: dict[str, float], named: st
 
 def test_the_blocking_target_depends_on_the_device_unless_it_is_given() -> None:
     assert SchedulerSettings().blocking_target_s("cuda") == 0.002
-    assert SchedulerSettings().blocking_target_s("cpu") == 0.02
+    assert SchedulerSettings().blocking_target_s("cpu") == 0
     assert SchedulerSettings(max_blocking_ms=5.0).blocking_target_s("cpu") == 0.005
     assert SchedulerSettings(max_blocking_ms=0.0).blocking_target_s("cuda") == 0.002
 
 
 def test_a_slice_takes_the_half_of_an_accelerators_target_that_what_is_in_flight_leaves() -> None:
     assert SchedulerSettings().slice_target_s("cuda") == 0.001
-    assert SchedulerSettings().slice_target_s("cpu") == 0.02
+    assert SchedulerSettings().slice_target_s("cpu") == 0
+    assert SchedulerSettings(max_blocking_ms=5.0).slice_target_s("cpu") == 0.005
     assert SchedulerSettings(max_blocking_ms=0.0).slice_target_s("cuda") == 0
