@@ -55,7 +55,7 @@ def connect(address: str | None) -> RayHost:
         _require_ray_at(address)
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:  # Ray 2.60 gives up with SystemExit
             raise StartupError(f"cannot join Ray at {address}: {error}") from error
         return RayHost(None)
     folder = Path(tempfile.mkdtemp(prefix="flowprefill-ray-", dir="/tmp"))  # a short path: it holds sockets

@@ -225,10 +225,16 @@ def test_a_wrong_file_starts_nothing(
     stand_in: type[StandInCluster], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_with_file(tmp_path, "prefill: {count: 0}\n") == 2
-    assert run_with_file(tmp_path, "launcher: {kind: ray}\n") == 2
+    assert run_with_file(tmp_path, "launcher: {ray_address: 'head:6379'}\n") == 2
     assert not stand_in.made
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         f"flowprefill up: {tmp_path}/cluster.yaml:1: prefill.count: expected a whole number of at least 1, not 0"
     )
-    assert "launcher.kind ray" in second
+    assert "launcher.ray_address" in second
+    assert "launcher.kind is not ray" in second
+
+
+def test_a_file_may_ask_for_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with_file(tmp_path, "launcher: {kind: ray, ray_address: 'http://head'}\n") == 2
+    assert "expected HOST:PORT of a Ray cluster's head, or auto" in capsys.readouterr().err

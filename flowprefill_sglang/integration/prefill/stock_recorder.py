@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Final
 
+from torch import distributed
+
 from flowprefill_sglang.integration.hooks import Hook, HookKind
 from flowprefill_sglang.integration.prefill.request_terms import terms_of
 from flowprefill_sglang.observe.events import Outcome, RequestArrived, RequestEnded, TaskFinished, TaskStarted
@@ -31,9 +33,11 @@ class StockRecorder:
 
     @property
     def _reporter(self) -> SchedulerReporter:
-        """Made at the first event: by then this process is known to be the scheduler, and metrics may be imported."""
+        """Made at the first event: by then this process is known to be the scheduler, and metrics may be imported.
+        Silent on all ranks but the first: they do the same."""
         if self._made is None:
-            self._made = from_environment()
+            leads = not distributed.is_initialized() or distributed.get_rank() == 0
+            self._made = from_environment() if leads else SchedulerReporter(None)
         return self._made
 
     def arrived(self, reqs: Sequence[Any]) -> None:  # SGLang's Req
