@@ -17,7 +17,13 @@ from flowprefill_sglang.cluster.configuration_reasons import ROUTER_REASONS
 from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.core.policies import POLICIES
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
-from flowprefill_sglang.prefill_worker.settings import SchedulerKind, SchedulerSettings
+from flowprefill_sglang.prefill_worker.settings import (
+    ACCELERATOR_MAX_BLOCKING_MS,
+    CPU_MAX_BLOCKING_MS,
+    RunAheadKind,
+    SchedulerKind,
+    SchedulerSettings,
+)
 from flowprefill_sglang.router.config import LEAST, RouterConfig
 from flowprefill_sglang.router.objectives import LARGEST_SLO_MS, LEAST_SLO_MS
 
@@ -54,6 +60,7 @@ def _or_null(kind: Kind) -> Kind:
 
 
 _TEXT: Final = Kind(Annotated[str, Meta(min_length=1)], "text")
+_MILLISECONDS: Final = Kind(Annotated[float, Meta(ge=0)], "a number of milliseconds of at least 0")
 _SWITCH: Final = Kind(bool, "true or false")
 _PORT: Final = _whole(0, _LARGEST_PORT)
 _CLASSES: Final = Kind(
@@ -165,7 +172,7 @@ SECTIONS: Final[Mapping[str, tuple[Field, ...]]] = {
             name="max_wait_secs",
             kind=_seconds(above=0),
             default=_SCHEDULER.max_wait_s,
-            text="seconds: a request that has waited this long, or past a longer objective, runs next",
+            text="seconds: a request that has waited this long, or past a longer objective, has a share of the device",
             why="a minute is as long as a person waits, and more than any class's objective",
             flag="--max-wait-secs",
         ),
@@ -173,7 +180,7 @@ SECTIONS: Final[Mapping[str, tuple[Field, ...]]] = {
             name="max_suspend_secs",
             kind=_seconds(above=0),
             default=_SCHEDULER.max_suspend_s,
-            text="seconds: a task suspended this long goes on next",
+            text="seconds: the same for a task suspended this long",
             why="it holds memory that others wait for",
             flag="--max-suspend-secs",
         ),
@@ -184,6 +191,24 @@ SECTIONS: Final[Mapping[str, tuple[Field, ...]]] = {
             text="most new tokens of a batch of several requests",
             why="in simulation more delays the head of the batch for little gain",
             flag="--batch-tokens",
+        ),
+        Field(
+            name="max_blocking_ms",
+            kind=_or_null(_MILLISECONDS),
+            default=_SCHEDULER.max_blocking_ms,
+            text="milliseconds: an operator expected to take longer runs in slices, and a GPU is at most half of it "
+            "behind; 0: no slices",
+            why=f"{ACCELERATOR_MAX_BLOCKING_MS:g} on an accelerator, {CPU_MAX_BLOCKING_MS:g} on a CPU",
+            flag="--max-blocking-ms",
+            example="2",
+        ),
+        Field(
+            name="run_ahead",
+            kind=_choice([str(kind) for kind in RunAheadKind]),
+            default=str(_SCHEDULER.run_ahead),
+            text="how far a GPU may be behind the scheduler",
+            why="all but the default are for comparison",
+            flag="--run-ahead",
         ),
         Field(
             name="cost_file",
