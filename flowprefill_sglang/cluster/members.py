@@ -48,6 +48,9 @@ class Sight:
 class Host(Protocol):
     """Runs members somewhere. Each has at most one process; a name is used again once ``remove`` has returned."""
 
+    def require_room(self, counts: Mapping[str, int]) -> None:
+        """Raise StartupError when so many members of each kind cannot be held."""
+
     def start(self, order: Order) -> None:
         """Begin to start it; ``look`` says how that goes."""
 

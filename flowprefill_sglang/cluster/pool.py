@@ -204,9 +204,7 @@ class Pool:
 
     async def scale(self, prefill: int, decode: int) -> None:
         """Want so many from now on; returns before they are there. Raises StartupError when there is no room."""
-        require_room = getattr(self._host, "require_room", None)
-        if require_room is not None:
-            require_room({"prefill": prefill, "decode": decode})
+        self._host.require_room({"prefill": prefill, "decode": decode})
         await self._handle(Scaled(prefill, decode))
 
     def status(self) -> dict[str, Any]:

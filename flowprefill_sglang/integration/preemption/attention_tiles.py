@@ -39,6 +39,7 @@ PLANS: Final = 32
 """Backend objects for tiles. With flashinfer each holds some megabytes of workspace."""
 _TILES: Final = "_flowprefill_tiles"
 Steps = Generator[None, None, Any]
+"""Slices of an operator: yields between two of them; its value is what the operator returns."""
 
 
 class AttentionTiles:

@@ -12,7 +12,7 @@ around it. Until ``set_limits``, and outside of a task, nothing is sliced.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -22,13 +22,11 @@ import torch
 
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.core.slicing import OperatorCosts, operator_costs, row_limit, row_slices
-from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
+from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles, Steps
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 logger = logging.getLogger(__name__)
 
-Steps = Generator[None, None, Any]
-"""Yields between slices; its value is what the operator returns."""
 NEVER: Final = 1 << 62
 _SLICE: Final = crc32(b"slice")  # what ranks know this kind of boundary by
 
