@@ -34,6 +34,7 @@ from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
 from flowprefill_sglang.integration.preemption.forward_state import ForwardState
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_sglang.workload.tiny_model import make_deep_model
@@ -46,7 +47,7 @@ class Boundaries:
 
     def __init__(self, gate: Gate) -> None:
         self._wrapped = []
-        for name in install(gate):
+        for name in install(gate, SlicedOperators(gate)):  # as a worker, where no operator is sliced
             owner, _, method = name.rpartition(".")
             cls = pkgutil.resolve_name(owner)
             self._wrapped.append((cls, method, vars(cls)[method]))

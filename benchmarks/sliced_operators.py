@@ -30,7 +30,8 @@ from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
-from flowprefill_sglang.integration.preemption.sliced_operators import Kind, SlicedOperators, work_of
+from flowprefill_sglang.integration.preemption.operator_work import Kind, work_of
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.workload.tiny_model import make_deep_model
 

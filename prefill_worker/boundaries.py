@@ -66,14 +66,19 @@ class Gate:
         None: no more."""
         self._look = look
 
-    def cross(self, kind: int = 0) -> None:
+    def cross(self, kind: int = 0, operator: object = None, part: float = 1.0) -> None:
         """Wait until the device is near, and stop the running task here if an event is pending. Returns at once when
-        nothing may stop here. ``kind``: a number for the operator, by which ranks compare what they have run."""
+        nothing may stop here. ``kind``: a number for the operator, by which ranks compare what they have run.
+
+        ``operator``: what is launched next, of which ``part`` is launched before the next boundary. The gate is closed
+        for it; who launches it opens the gate again (``is_closed``). None: nothing is."""
+        # All of a boundary is this one call: Python's calls are most of what it costs.
         if self.is_closed:
             return
         self.boundaries += 1
-        if self.device is not None:
-            self.device.hold(self._is_wanted)
+        device = self.device
+        if device is not None:
+            device.hold(self._is_wanted)
         stops = (
             self.is_raised
             or (self._due_at is not None and self._clock() >= self._due_at)
@@ -83,8 +88,12 @@ class Gate:
             stops = self._lease.cross(stops, kind)
         if stops and self._suspend is not None:
             self._suspend()
-            if self.device is not None:
-                self.device.hold(_never)  # others have run since, or the stop was postponed
+            if device is not None:
+                device.hold(_never)  # others have run since, or the stop was postponed
+        if operator is not None:
+            if device is not None:
+                device.launched(operator, part)
+            self.is_closed = True
 
     def _is_wanted(self) -> bool:
         return self.is_raised or (self._due_at is not None and self._clock() >= self._due_at)

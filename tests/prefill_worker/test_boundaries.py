@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.run_ahead import InStep
 
 
 class Stops:
@@ -72,6 +75,35 @@ def test_no_boundary_while_closed_for_an_operator() -> None:
     gate.is_closed = False
     gate.cross()
     assert (stops.count, gate.boundaries) == (1, 1)
+
+
+class Launches(InStep):
+    """A device; keeps what it was told to expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+
+    def hold(self, is_wanted: Callable[[], bool]) -> None:
+        self.told.append("hold")
+
+    def launched(self, operator: object, part: float) -> None:
+        self.told.append((operator, part))
+
+
+def test_the_gate_is_closed_for_an_operator_of_which_the_device_knows() -> None:
+    gate, device = Gate(), Launches()
+    gate.device = device
+    gate.open(lambda: device.told.append("suspended"))
+    gate.raise_flag()
+    gate.cross(0, "linear", 0.5)
+    assert gate.is_closed
+    gate.cross(0, "inside of it")
+    assert device.told == ["hold", "suspended", "hold", ("linear", 0.5)]
+    gate.clear()
+    gate.is_closed = False
+    gate.cross()
+    assert not gate.is_closed, "nothing was launched"
 
 
 def test_nothing_stops_after_the_task_has_left() -> None:

@@ -19,11 +19,12 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from flowprefill_sglang.errors import InternalError, StartupError
 from flowprefill_sglang.integration.hooks import sglang_version
-from flowprefill_sglang.integration.preemption.sliced_operators import Kind, SlicedOperators
+from flowprefill_sglang.integration.preemption.operator_work import Kind
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 OPERATORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -72,8 +73,7 @@ def install(gate: Gate, slices: SlicedOperators | None = None) -> list[str]:
                 if hasattr(function, _MARK):
                     raise InternalError(f"{cls.__qualname__}.{method} has a boundary of another gate already")
                 kind = SLICED.get(name) if method == "forward" else None
-                wrapper = _bounded(function, gate) if slices is None else _sliced(function, gate, slices, kind)
-                setattr(cls, method, wrapper)
+                setattr(cls, method, _bounded(function, gate, slices=slices, kind=kind))
                 wrapped.append(f"{cls.__module__}.{cls.__qualname__}.{method}")
     return wrapped
 
@@ -87,7 +87,7 @@ def ensure_boundaries(model: torch.nn.Module, gate: Gate) -> tuple[int, int]:
     """
     whole = [layer for layer in _decoder_layers(model) if not any(_is_bounded(module) for module in layer.modules())]
     for layer in whole:
-        layer.forward = _bounded(layer.forward, gate, layer)
+        layer.forward = _bounded(layer.forward, gate, owner=layer)
     return sum(_is_bounded(module) for module in model.modules()), len(whole)
 
 
@@ -100,47 +100,31 @@ def boundary_owners(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from boundary_owners(child)
 
 
-def _bounded(function: Callable[..., Any], gate: Gate, owner: object = None) -> Callable[..., Any]:
-    """``owner``: of a bound function; else it is the first argument."""
-    kind = crc32(f"{function.__module__}.{function.__qualname__}".encode())  # the same number on every rank
+def _bounded(
+    function: Callable[..., Any],
+    gate: Gate,
+    *,
+    owner: object = None,
+    slices: SlicedOperators | None = None,
+    kind: Kind | None = None,
+) -> Callable[..., Any]:
+    """``owner``: of a bound function; else it is the first argument. ``kind``: as what ``slices`` may cut it."""
+    number = crc32(f"{function.__module__}.{function.__qualname__}".encode())  # the same on every rank
+    cuts = None if kind is None else slices
+    cut = cuts and (cuts.attention if kind is Kind.ATTENTION else cuts.rows)
 
     @wraps(function)
     def operator(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
-        if is_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
+        if is_dynamo_compiling() or gate.is_closed:  # in this order, or compiled code would depend on the gate
             return function(*args, **kwargs)
-        gate.cross(kind)
-        if gate.device is not None:
-            gate.device.launched(args[0] if owner is None else owner, 1.0)
-        gate.is_closed = True
+        if cuts and cut and cuts.is_on and (found := cut(function, args, kwargs)) is not None:
+            return cuts.run(args[0], *found)
+        gate.cross(number, args[0] if owner is None else owner)
         try:
             return function(*args, **kwargs)
         finally:
             gate.is_closed = False
 
-    setattr(operator, _MARK, gate)
-    return operator
-
-
-def _sliced(function: Callable[..., Any], gate: Gate, slices: SlicedOperators, kind: Kind | None) -> Callable[..., Any]:
-    whole = _bounded(function, gate)
-    if kind is None:
-        return whole
-
-    @wraps(function)
-    def by_rows(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
-        if is_compiling() or gate.is_closed or len(args) < 2 or len(args[1]) <= slices.shortest:
-            return whole(*args, **kwargs)
-        found = slices.rows(function, args, kwargs)
-        return whole(*args, **kwargs) if found is None else slices.run(args[0], *found)
-
-    @wraps(function)
-    def by_tiles(*args: Any, **kwargs: Any) -> Any:  # the operator's own signature
-        if is_compiling() or gate.is_closed:
-            return function(*args, **kwargs)
-        found = slices.attention(function, args, kwargs)
-        return whole(*args, **kwargs) if found is None else slices.run(args[0], *found)
-
-    operator = by_tiles if kind is Kind.ATTENTION else by_rows
     setattr(operator, _MARK, gate)
     return operator
 

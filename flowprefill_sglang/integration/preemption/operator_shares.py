@@ -1,20 +1,20 @@
 """What each operator of a model is of a forward pass: how predictions of whole passes become predictions of operators.
 
 The cost model (``core.prefill_cost``) knows attention, which grows with pairs of tokens, and the rest. Attention is
-shared equally by the attention operators, which do the same work in every layer. The rest is shared by the number of
-weights that a token meets, since the linear and expert layers are most of it: all of a linear layer's, and of an expert
-layer's those of the experts that one token is sent to. What is mispredicted by it, windows of attention for example, is
-corrected online as far as both kinds go (``prefill_worker.run_ahead``).
+shared equally by the attention operators, which do the same work in every layer. The rest is shared by the operations
+of the linear and expert layers, which are most of it (``operator_work``). What is mispredicted by it, windows of
+attention for example, is corrected online as far as both kinds go (``prefill_worker.run_ahead``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from flowprefill_sglang.integration.preemption.operator_boundaries import boundary_owners
+from flowprefill_sglang.integration.preemption.operator_work import row_flops
 from flowprefill_sglang.prefill_worker.run_ahead import Cost
 
 WHOLE: Final = Cost(1.0, 1.0)
@@ -26,12 +26,12 @@ def operator_shares(model: torch.nn.Module, graph_runner: object = None) -> Mapp
     to 1. ``graph_runner``: SGLang's runner of prefill graphs, where there is one."""
     owners = list(boundary_owners(model))
     attention = {owner: _attention_operators(owner) for owner in owners}
-    weights = {owner: float(_weights_met(owner)) for owner in owners}
-    all_attention, all_weights = sum(attention.values()), sum(weights.values())
+    rest = {owner: row_flops(owner) for owner in owners}
+    all_attention, all_rest = sum(attention.values()), sum(rest.values())
     shares: dict[object, Cost] = {
         owner: Cost(
             attention[owner] / all_attention if all_attention else 1 / len(owners),
-            weights[owner] / all_weights if all_weights else 1 / len(owners),
+            rest[owner] / all_rest if all_rest else 1 / len(owners),
         )
         for owner in owners
     }
@@ -52,19 +52,3 @@ def _attention_operators(module: torch.nn.Module) -> int:
 def _is_whole_layer(module: torch.nn.Module) -> bool:
     """Whether the boundary is on this one object and not on its class (``ensure_boundaries``)."""
     return "forward" in vars(module)
-
-
-def _weights_met(module: torch.nn.Module) -> float:
-    """Numbers of a module's weights that one token is multiplied with."""
-    met = 0.0
-    for inner in module.modules():
-        own = sum(parameter.numel() for parameter in inner.parameters(recurse=False))
-        met += own * _share_of_experts(inner)
-    return met
-
-
-def _share_of_experts(module: Any) -> float:  # any module: expert layers have these two
-    experts, chosen = getattr(module, "num_experts", None), getattr(module, "top_k", None)
-    if isinstance(experts, int) and isinstance(chosen, int) and 0 < chosen <= experts:
-        return chosen / experts
-    return 1.0

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Final
 from zlib import crc32
 
@@ -23,69 +21,13 @@ import torch
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.core.slicing import OperatorCosts, operator_costs, row_limit, row_slices
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles, Steps
+from flowprefill_sglang.integration.preemption.operator_work import Kind, Work
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 logger = logging.getLogger(__name__)
 
 NEVER: Final = 1 << 62
 _SLICE: Final = crc32(b"slice")  # what ranks know this kind of boundary by
-
-
-class Kind(StrEnum):
-    """Operators that can be sliced, each in its own way."""
-
-    LINEAR = "linear"
-    EXPERTS = "experts"
-    ATTENTION = "attention"
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Floating-point operations of a model's operators."""
-
-    rows: dict[torch.nn.Module, float]
-    """Of each linear and expert layer, for one row."""
-    kinds: dict[torch.nn.Module, Kind]
-    attention: list[torch.nn.Module]
-    pair_flops: float
-    """Of one attention layer, for one pair of a query and a key."""
-
-    @property
-    def all_kinds(self) -> list[Kind]:
-        """Those that the model has, in one order everywhere: ranks must try them alike."""
-        has = {*self.kinds.values(), *([Kind.ATTENTION] if self.attention else [])}
-        return [kind for kind in Kind if kind in has]
-
-    @property
-    def total_row_flops(self) -> float:
-        """Of all of them, for one row."""
-        return sum(self.rows.values())
-
-
-def work_of(model: torch.nn.Module) -> Work:
-    """What SGLang 0.5.23's layers of a loaded model compute, by their own account of their sizes (of this rank)."""
-    from sglang.srt.layers.linear import LinearBase
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    rows: dict[torch.nn.Module, float] = {}
-    kinds: dict[torch.nn.Module, Kind] = {}
-    attention = []
-    pair_flops = 0.0
-    for module in model.modules():
-        sizes: Any = module
-        if isinstance(module, LinearBase):
-            inputs = getattr(module, "input_size_per_partition", None) or sizes.input_size
-            outputs = getattr(module, "output_size_per_partition", None) or sizes.output_size
-            rows[module], kinds[module] = 2.0 * inputs * outputs, Kind.LINEAR
-        elif isinstance(module, FusedMoE):
-            matrices = 3 if sizes.moe_runner_config.is_gated else 2
-            width = sizes.hidden_size * sizes.intermediate_size_per_partition
-            rows[module], kinds[module] = 2.0 * matrices * sizes.top_k * width, Kind.EXPERTS
-        elif isinstance(module, RadixAttention):
-            attention.append(module)
-            pair_flops = max(pair_flops, 2.0 * sizes.tp_q_head_num * (sizes.qk_head_dim + sizes.v_head_dim))
-    return Work(rows, kinds, attention, pair_flops)
 
 
 class SlicedOperators:
@@ -95,6 +37,8 @@ class SlicedOperators:
         self._gate = gate
         self._limits: dict[torch.nn.Module, int] = {}
         self._attention: AttentionTiles | None = None
+        self.is_on = False
+        """Whether anything is sliced: all that it costs where nothing is."""
         self.shortest = NEVER
         """Rows up to which no linear or expert layer is cut: the one comparison that short ones cost."""
         self.slices = 0
@@ -120,17 +64,19 @@ class SlicedOperators:
         """Most rows of a slice, by layer; layers that are not in it run whole."""
         self._limits = limits
         self.shortest = min(limits.values(), default=NEVER)
+        self.is_on = bool(limits) or self._attention is not None
 
     def set_attention(self, tiles: AttentionTiles | None, costs: OperatorCosts, max_blocking_s: float) -> None:
         """How attention is cut; None: it runs whole."""
         self._attention = tiles
+        self.is_on = bool(self._limits) or tiles is not None
         if tiles is not None:
             tiles.set_costs(costs, max_blocking_s)
 
     def off(self) -> None:
         """Slice nothing."""
-        self.set_limits({})
         self._attention = None
+        self.set_limits({})
 
     def describe(self) -> str:
         """For the log."""
@@ -144,10 +90,10 @@ class SlicedOperators:
     ) -> tuple[Steps, int] | None:
         """The slices of a linear or expert layer's call that has more than ``shortest`` rows, and how many there are;
         None: run it whole."""
+        if len(args) < 2 or (rows := args[1].shape[0]) <= self.shortest:
+            return None
         limit = self._limits.get(args[0], NEVER)
-        x = args[1]
-        rows = x.shape[0]
-        if rows <= limit or x.dim() != 2:
+        if rows <= limit or args[1].dim() != 2:
             return None
         cuts = row_slices(rows, limit)
         others = [*args[2:], *kwargs.values()]
@@ -167,10 +113,7 @@ class SlicedOperators:
         """Run the slices of a layer's call, ``count`` of about the same length, with a boundary before each of them."""
         gate = self._gate
         while True:
-            gate.cross(_SLICE)
-            if gate.device is not None:
-                gate.device.launched(layer, 1 / count)
-            gate.is_closed = True
+            gate.cross(_SLICE, layer, 1 / count)
             try:
                 next(steps)
             except StopIteration as end:

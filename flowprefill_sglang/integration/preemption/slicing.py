@@ -16,8 +16,9 @@ import torch
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.core.slicing import GRANULE_ROWS, OperatorCosts
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
+from flowprefill_sglang.integration.preemption.operator_work import Kind, Work, work_of
 from flowprefill_sglang.integration.preemption.self_test import PARTS, TOLERANCE, TestRun, farthest
-from flowprefill_sglang.integration.preemption.sliced_operators import Kind, SlicedOperators, Work, work_of
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler

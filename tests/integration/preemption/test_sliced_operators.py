@@ -11,7 +11,8 @@ import torch
 
 from flowprefill_sglang.integration.preemption import operator_boundaries
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
-from flowprefill_sglang.integration.preemption.sliced_operators import NEVER, Kind, SlicedOperators
+from flowprefill_sglang.integration.preemption.operator_work import Kind
+from flowprefill_sglang.integration.preemption.sliced_operators import NEVER, SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 
@@ -90,7 +91,7 @@ def test_nothing_is_cut_outside_of_a_task(linear: Any) -> None:
 def test_nothing_is_cut_once_it_is_off(linear: Any) -> None:
     engine = Engine(linear, 64)
     engine.slices.off()
-    assert engine.slices.shortest == NEVER
+    assert (engine.slices.is_on, engine.slices.shortest) == (False, NEVER)
     engine.layer(X)
     assert engine.layer.calls == [200]
     assert engine.slices.describe() == "no operator is sliced"

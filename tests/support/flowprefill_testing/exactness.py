@@ -36,8 +36,8 @@ from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption import sliced_operators
 from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
+from flowprefill_sglang.integration.preemption.operator_work import Kind, work_of
 from flowprefill_sglang.integration.preemption.self_test import interruption_fault
-from flowprefill_sglang.integration.preemption.sliced_operators import Kind, work_of
 from flowprefill_sglang.integration.preemption.slicing import slicing_fault
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.interrupted import JOBS, Action, Bench, Mismatch, Schedule, Step

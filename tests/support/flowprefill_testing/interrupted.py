@@ -23,7 +23,8 @@ from flowprefill_sglang.integration.preemption.attention_slots import AttentionS
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.forward_state import ForwardState
 from flowprefill_sglang.integration.preemption.operator_boundaries import install
-from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators, work_of
+from flowprefill_sglang.integration.preemption.operator_work import work_of
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 from flowprefill_testing.tiny_models import VOCABULARY
