@@ -1,0 +1,86 @@
+"""A member's process with its ports, its folder and its log, on the machine where it runs: what every host starts."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Final
+
+from flowprefill_sglang.cluster.members import Order
+from flowprefill_sglang.cluster.ports import free_ports
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, end, server_environment
+from flowprefill_sglang.cluster.process_group import shared_memory_of
+from flowprefill_sglang.errors import StartupError
+
+_NOTE_EVERY_S: Final = 5.0
+"""How often what a running process has in shared memory is noted, should it be killed. Takes milliseconds."""
+
+
+class MemberProcess:
+    """Runs from the moment it is made. The kernel ends it with the thread that makes it."""
+
+    def __init__(self, order: Order, address: str, threads: int | None, taken_ports: Collection[int] = ()) -> None:
+        """Start it, to listen on ``address``. ``threads``: None leaves them as they are here.
+
+        Raises StartupError without a model or free ports, and OSError when its folders cannot be written.
+        """
+        if not (Path(order.model_path) / "config.json").is_file():
+            raise StartupError(f"no model at {order.model_path}: it has no config.json there")
+        self.ports = free_ports(2, taken_ports)
+        self.folder = tempfile.mkdtemp(prefix="flowprefill-member-")
+        """Of its temporary files, and of its log when the order says nothing."""
+        try:
+            self.child = self._start(order, address, threads)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self.url = f"http://{address}:{self.ports[0]}"
+        self._shared_memory: set[Path] = set()
+        self._noted_at = time.monotonic()
+
+    def _start(self, order: Order, address: str, threads: int | None) -> ChildProcess:
+        log_dir = Path(order.log_dir or self.folder)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        http, bootstrap = map(str, self.ports)
+        flags = [*order.arguments, "--host", address, "--port", http]
+        if order.kind == "prefill":
+            flags += ["--name", order.name, "--disaggregation-bootstrap-port", bootstrap]
+        log, environment = log_dir / f"{order.name}.log", server_environment(self.folder, threads)
+        return ChildProcess(order.name, [order.kind, *flags], log, environment, order.program)
+
+    def ended(self) -> tuple[str, bool] | None:
+        """How it ended, and whether because it does not take its flags; None while it runs."""
+        status = self.child.exit_status
+        if status is None:
+            if time.monotonic() > self._noted_at + _NOTE_EVERY_S:
+                self.note_shared_memory()
+            return None
+        # One that was killed says nothing about it; its last line may tell what it was at.
+        return f"{describe_exit(status)}: {self.child.last_words(12 if status > 0 else 1)}", status == WRONG_USE
+
+    def note_shared_memory(self) -> None:
+        """Remember what is to be removed once it has ended."""
+        self._shared_memory |= shared_memory_of(self.child.pid)
+        self._noted_at = time.monotonic()
+
+    def clear_away(self) -> None:
+        """Remove what it has left, its own log included. It must have ended."""
+        for file in self._shared_memory:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def end_members(
+    processes: Sequence[MemberProcess], graces_s: Sequence[float], is_hurried: Callable[[], bool] = lambda: False
+) -> None:
+    """As ``process.end``; what they have left is removed."""
+    for process in processes:
+        process.note_shared_memory()
+    end([process.child for process in processes], graces_s, is_hurried)
+    for process in processes:
+        process.clear_away()
