@@ -12,7 +12,7 @@ from typing import Final
 
 from flowprefill_sglang.cluster.members import Order
 from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, end, server_environment
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end, server_environment
 from flowprefill_sglang.cluster.process_group import shared_memory_of
 from flowprefill_sglang.errors import StartupError
 
@@ -59,8 +59,7 @@ class MemberProcess:
             if time.monotonic() > self._noted_at + _NOTE_EVERY_S:
                 self.note_shared_memory()
             return None
-        # One that was killed says nothing about it; its last line may tell what it was at.
-        return f"{describe_exit(status)}: {self.child.last_words(12 if status > 0 else 1)}", status == WRONG_USE
+        return self.child.how_it_ended(), status == WRONG_USE
 
     def note_shared_memory(self) -> None:
         """Remember what is to be removed once it has ended."""

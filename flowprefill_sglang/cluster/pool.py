@@ -21,7 +21,7 @@ import aiohttp
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
 from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of, in_one_line
 from flowprefill_sglang.cluster.ports import free_ports, local_url
-from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, end
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end
 from flowprefill_sglang.cluster.supervision import (
     Action,
     Drain,
@@ -156,7 +156,7 @@ class Pool:
         if status is not None:
             if status == WRONG_USE and not self._is_up:
                 raise BadInput(f"router does not take these flags: {self._router.last_words()}")
-            words = f"the router {describe_exit(status)}: {self._router.last_words()}{self._see_log(self._router.log)}"
+            words = f"the router {self._router.how_it_ended()}{self._see_log(self._router.log)}"
             raise PeerFault(words) if self._is_up else StartupError(words)
         workers = await self._ask_router("GET")
         if workers is not None:

@@ -105,6 +105,13 @@ class ChildProcess:
         self._process.kill()
         self._process.wait()
 
+    def how_it_ended(self) -> str:
+        """Its exit status and its last words; of one that was killed only the last line, which tells what it was at.
+        It must have ended."""
+        status = self.exit_status
+        assert status is not None
+        return f"{describe_exit(status)}: {self.last_words(12 if status >= 0 else 1)}"
+
     def log_tail(self, lines: int) -> str:
         """The last lines of its log. Raises OSError."""
         return tail_of(self.log, lines)
@@ -113,7 +120,8 @@ class ChildProcess:
         """What it logged about its end, for error messages: its own verdict if there is one, else the last lines.
 
         A command's verdict is a line like ``flowprefill prefill: …`` or argparse's ``…: error: …``; libraries print
-        pages after it while the interpreter shuts down.
+        pages after it while the interpreter shuts down. Python's resource tracker has words for every process that is
+        killed, which are left out.
         """
         try:
             with self.log.open("rb") as log:
@@ -121,6 +129,7 @@ class ChildProcess:
                 tail = log.read().decode(errors="replace").strip().splitlines()
         except OSError as error:
             return f"(no log: {error})"
+        tail = [line for line in tail if "resource_tracker" not in line]
         verdicts = [line for line in tail if _VERDICT.match(line)]
         return verdicts[-1] if verdicts else "\n".join(tail[-lines:])
 
