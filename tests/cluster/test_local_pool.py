@@ -16,7 +16,7 @@ import pytest
 from flowprefill_sglang.cluster.ports import require_free
 from flowprefill_sglang.cluster.process_group import processes_of
 from flowprefill_testing.clusters import wait_until
-from flowprefill_testing.ray_pools import FLAGS, UpPool
+from flowprefill_testing.ray_pools import UpPool
 
 pytestmark = pytest.mark.cluster
 RECOVERY_S = 240.0
@@ -30,7 +30,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(model_path: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpPool]:
-    running = UpPool(model_path, tmp_path_factory.mktemp("local-pool"), *FLAGS, TMPDIR=str(temporary))
+    running = UpPool(model_path, tmp_path_factory.mktemp("local-pool"), TMPDIR=str(temporary))
     try:
         running.wait_ready()
         yield running
