@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 import time
@@ -13,11 +12,10 @@ from typing import Final
 from flowprefill_sglang.cluster.members import Order
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end, server_environment
-from flowprefill_sglang.cluster.process_group import shared_memory_of
 from flowprefill_sglang.errors import StartupError
 
-_NOTE_EVERY_S: Final = 5.0
-"""How often what a running process has in shared memory is noted, should it be killed. Takes milliseconds."""
+_NOTE_EVERY_S: Final = 10.0
+"""How often what a process has in shared memory is noted, should it end by itself. Takes some milliseconds."""
 
 
 class MemberProcess:
@@ -39,7 +37,6 @@ class MemberProcess:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self.url = f"http://{address}:{self.ports[0]}"
-        self._shared_memory: set[Path] = set()
         self._noted_at = time.monotonic()
 
     def _start(self, order: Order, address: str, threads: int | None) -> ChildProcess:
@@ -57,29 +54,16 @@ class MemberProcess:
         status = self.child.exit_status
         if status is None:
             if time.monotonic() > self._noted_at + _NOTE_EVERY_S:
-                self.note_shared_memory()
+                self.child.note_shared_memory()
+                self._noted_at = time.monotonic()
             return None
         return self.child.how_it_ended(), status == WRONG_USE
-
-    def note_shared_memory(self) -> None:
-        """Remember what is to be removed once it has ended."""
-        self._shared_memory |= shared_memory_of(self.child.pid)
-        self._noted_at = time.monotonic()
-
-    def clear_away(self) -> None:
-        """Remove what it has left, its own log included. It must have ended."""
-        for file in self._shared_memory:
-            with contextlib.suppress(OSError):
-                file.unlink()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def end_members(
     processes: Sequence[MemberProcess], graces_s: Sequence[float], is_hurried: Callable[[], bool] = lambda: False
 ) -> None:
-    """As ``process.end``; what they have left is removed."""
-    for process in processes:
-        process.note_shared_memory()
+    """As ``process.end``; their folders are removed."""
     end([process.child for process in processes], graces_s, is_hurried)
     for process in processes:
-        process.clear_away()
+        shutil.rmtree(process.folder, ignore_errors=True)

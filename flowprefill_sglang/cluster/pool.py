@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -41,7 +40,6 @@ from flowprefill_sglang.cluster.supervision import (
 )
 from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 
-log = logging.getLogger(__name__)
 _PERIOD_S: Final = 0.3
 _ROUTER_GRACES_S: Final = (8.0, 3.0)
 """After the first interrupt it lets running requests end; at the second it aborts them and answers their clients."""

@@ -37,7 +37,7 @@ def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
                 continue
         found.append(port)
     if len(found) < count:
-        limit = below[-1] + 1 if below else _CANDIDATES.stop
+        limit = max(below or _CANDIDATES) + 1
         raise StartupError(f"{count} free ports are needed below {limit}; there are {len(found)}")
     return found
 

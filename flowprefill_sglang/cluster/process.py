@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flowprefill_sglang.cluster.process_group import processes_of
+from flowprefill_sglang.cluster.process_group import processes_of, shared_memory_of
 
 PARENT_VARIABLE = "FLOWPREFILL_PARENT_PID"
 """Set for children: the process without which they should not live."""
@@ -38,11 +38,17 @@ def describe_exit(status: int) -> str:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when the launcher dies, however it dies. Call it first thing in a child.
 
+    A child also has to listen to the launcher's interrupts: Ray blocks them in everything that it starts, and what they
+    start (``ray/_private/services.py``, 2.60).
+
     SGLang asks the same for its own children, so a launcher that is killed leaves nothing behind. Linux only; elsewhere
     a killed launcher can leave orphans.
     """
     parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is None:
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died before the kernel was asked
@@ -73,6 +79,7 @@ class ChildProcess:
                 env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid())},
                 start_new_session=True,
             )
+        self._shared_memory: set[Path] = set()
 
     @property
     def pid(self) -> int:
@@ -99,6 +106,16 @@ class ChildProcess:
     def kill(self) -> None:
         """End it and everything that it started, now. Blocks until that is so."""
         _kill((self,))
+
+    def note_shared_memory(self) -> None:
+        """Remember what is to be removed once it has ended. Takes some milliseconds."""
+        self._shared_memory |= shared_memory_of(self.pid)
+
+    def clear_shared_memory(self) -> None:
+        """Remove what it, or what it had started, has left there."""
+        for file in self._shared_memory:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def kill_alone(self) -> None:
         """End the command by force, and reap it. What it started is told by the kernel, and not waited for."""
@@ -137,10 +154,13 @@ class ChildProcess:
 def end(
     children: Sequence[ChildProcess], graces_s: Sequence[float], is_hurried: Callable[[], bool] = lambda: False
 ) -> None:
-    """Interrupt them once for each grace while one still runs, then end what is left by force. Blocks.
+    """Interrupt them once for each grace while one still runs, then end what is left by force. Blocks. What they have
+    left in shared memory is removed.
 
     ``is_hurried`` is asked again and again: when true, only the last grace is given.
     """
+    for child in children:
+        child.note_shared_memory()
     for number, grace_s in enumerate(graces_s, 1):
         for child in children:
             child.interrupt()
@@ -154,6 +174,7 @@ def end(
 
 def _kill(children: Sequence[ChildProcess]) -> None:
     for child in children:
+        child.note_shared_memory()
         child.kill_alone()
     deadline = time.monotonic() + _AFTERLIFE_S
     while any(processes_of(child.pid) for child in children) and time.monotonic() < deadline:
@@ -161,6 +182,7 @@ def _kill(children: Sequence[ChildProcess]) -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+        child.clear_shared_memory()
 
 
 def server_environment(folder: str, threads: int | None) -> dict[str, str]:

@@ -165,6 +165,21 @@ def test_a_killed_worker_is_replaced_without_a_lost_request(spec: ClusterSpec, t
     assert list(temporary.iterdir()) == []
 
 
+def test_a_worker_that_hangs_is_replaced_without_a_lost_request(spec: ClusterSpec, temporary: Path) -> None:
+    async def scenario() -> None:
+        seen = Seen(replace(spec, prefill=2), replaces=True)
+        async with watched(seen), load(seen.pool.url) as statuses:
+            await seen.until(lambda: len(statuses) > 10)
+            os.kill(seen.pool.pid("prefill-0"), signal.SIGSTOP)
+            await seen.until(lambda: seen.member("prefill-0")["restarts"] == 1)
+            await seen.until(lambda: seen.member("prefill-0")["state"] == "ready")
+            assert "failed its health checks for 10 s" in str(seen.member("prefill-0")["last_failure"])
+        assert set(statuses) == {200}
+
+    run(scenario())
+    assert list(temporary.iterdir()) == []
+
+
 def test_grows_and_shrinks_under_load_without_a_lost_request(spec: ClusterSpec, temporary: Path) -> None:
     async def scenario() -> None:
         seen = Seen(spec, replaces=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
+from flowprefill_sglang.cluster.process import die_with_parent
 from flowprefill_sglang.wire.messages import Dispatch, Drain
 from flowprefill_testing.stand_ins import DecodeStandIn, PrefillStandIn, echo, good_prefill_answer
 
@@ -34,6 +35,7 @@ _CHILD = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGIN
 
 def main() -> None:
     """Run until it is told to stop."""
+    die_with_parent()
     parser = argparse.ArgumentParser("flowprefill member")
     parser.add_argument("kind", choices=("prefill", "decode"))
     for flag in ("--router", "--name", "--model-path", "--host", "--api-key"):
