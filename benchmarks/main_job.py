@@ -28,7 +28,8 @@ from results_file import write_result
 from flowprefill_sglang.bench.client import RequestRecord, replay
 from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.plan import plan_requests
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster
+from flowprefill_sglang.cluster.launcher import ClusterSpec
+from flowprefill_sglang.cluster.pool_starting import pool_here
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.classes import assign_classes
 from flowprefill_sglang.workload.formats import FORMATS, load_trace
@@ -90,7 +91,7 @@ def load(options: argparse.Namespace) -> list[TraceRequest]:
 
 async def through_cluster(model: Path, rows: list[TraceRequest]) -> list[RequestRecord]:
     """Replay through router, two prefill workers and a decode instance."""
-    async with LocalCluster(ClusterSpec(model_path=model, prefill=2, decode=1)) as cluster:
+    async with pool_here(ClusterSpec(model_path=model, prefill=2, decode=1), replaces=False) as cluster:
         return await replay_at(cluster.url, rows)
 
 

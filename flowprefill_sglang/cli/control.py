@@ -1,4 +1,4 @@
-"""``flowprefill status``, ``scale`` and ``logs``: ask the control port of a running ``up --launcher ray``."""
+"""``flowprefill status``, ``scale`` and ``logs``: ask the control port of a running ``up``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from flowprefill_sglang.cluster.members import in_one_line
 from flowprefill_sglang.errors import BadInput, PeerFault
 from flowprefill_sglang.flag_values import count
 
@@ -42,15 +43,14 @@ def run_status(namespace: argparse.Namespace) -> int:
     print(", ".join(f"{kind}: {ready[kind]} of {wanted} ready" for kind, wanted in status["desired"].items()))
     print(f"{'NAME':<12}{'STATE':<13}{'FOR':>8}{'RESTARTS':>10}  {'NODE':<10}{'PID':<9}REASON")
     for one in members:
-        reason, failure = one["reason"], one["last_failure"].splitlines()
+        reason, failure = one["reason"], in_one_line(one["last_failure"])
         if one["retry_in_s"] is not None:
             reason = f"again in {one['retry_in_s']:.0f} s"
         if failure:
-            told = failure[0] if len(failure) == 1 else f"{failure[0]} / {failure[-1]}"
-            reason = f"{reason}{'; ' if reason else ''}last failure: {told}"
+            reason = f"{reason}{'; ' if reason else ''}last failure: {failure}"
         print(
             f"{one['name']:<12}{one['state']:<13}{one['for_s']:>6.0f} s{one['restarts']:>10}  "
-            f"{one['node'][:8]:<10}{one['pid'] or '':<9}{reason}".rstrip()
+            f"{one['node'][:8] or '-':<10}{one['pid'] or '':<9}{reason}".rstrip()
         )
     return 0
 
@@ -133,5 +133,5 @@ def _control_of(ready_file: Path) -> str:
         raise BadInput(f"--ready-file {ready_file}: this is no JSON") from error
     control = document.get("control") if isinstance(document, dict) else None
     if not isinstance(control, str):
-        raise BadInput(f"--ready-file {ready_file} names no control address: only up --launcher ray has one")
+        raise BadInput(f"--ready-file {ready_file} names no control address: expected what up --ready-file writes")
     return control

@@ -16,7 +16,8 @@ from flowprefill_sglang.bench.objectives import REFERENCE, Objective
 from flowprefill_sglang.bench.probe import fetch_engine_settings
 from flowprefill_sglang.bench.recordings import Workers
 from flowprefill_sglang.cluster.alive import while_alive
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
+from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.pool_starting import RunningPool, pool_here
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.observe.recording import Recording
 from flowprefill_sglang.workload.trace import TraceRequest
@@ -62,16 +63,16 @@ class DemoRun:
         return Contestant(scheduler=scheduler, result=result, recordings=recordings, engine=engine)
 
     @contextlib.asynccontextmanager
-    async def _running(self, spec: ClusterSpec) -> AsyncIterator[LocalCluster]:
+    async def _running(self, spec: ClusterSpec) -> AsyncIterator[RunningPool]:
         async with contextlib.AsyncExitStack() as stack:
             with self.console.status("loading") as status:
 
                 def show(event: LaunchEvent) -> None:
                     status.update(f"{event.elapsed_s:.0f} s: {event.name} {event.state}")
-                    if event.state in ("ready", "failed"):
-                        self.console.print(f"  {event.name:<10} {event.state:<6} after {event.elapsed_s:.1f} s")
+                    if event.state == "ready":
+                        self.console.print(f"  {event.name:<10} ready  after {event.elapsed_s:.1f} s")
 
-                cluster = await stack.enter_async_context(LocalCluster(spec, show))
+                cluster = await stack.enter_async_context(pool_here(spec, show, replaces=False))
             yield cluster
 
     async def _load(self, url: str, name: str) -> Result:

@@ -13,14 +13,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 from flowprefill_sglang.cluster.configuration_file import Configured, read_configuration
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent, LocalCluster
-from flowprefill_sglang.cluster.pool_starting import RunningPool, pool_on_ray
+from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.pool_starting import RunningPool, pool_here, pool_on_ray
 from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.flag_values import count
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
-
-Cluster = LocalCluster | RunningPool
 
 
 def add_up_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +95,7 @@ def _flags(text: str) -> tuple[str, ...]:
 
 def run_up(namespace: argparse.Namespace) -> int:
     """Run the cluster until it is told to stop. 0 after Ctrl-C or SIGTERM, 128 plus the signal's number when it came
-    before the cluster was ready, 1 when a process ends by itself. Raises StartupError, BadInput and PeerFault."""
+    before the cluster was ready. Raises StartupError, BadInput and PeerFault."""
     ready_file: Path | None = namespace.ready_file
     if ready_file is not None:
         _require_writable(ready_file)
@@ -125,12 +123,10 @@ def run_up(namespace: argparse.Namespace) -> int:
     )
     if namespace.ray_address is not None and namespace.launcher != "ray":
         raise BadInput("--ray-address needs --launcher ray")
-    cluster: Cluster
     if namespace.launcher == "ray":
         cluster = pool_on_ray(spec, namespace.ray_address, print_progress)
     else:
-        cluster = LocalCluster(spec, print_progress)
-        cluster.check()
+        cluster = pool_here(spec, print_progress)
     if ready_file is None:
         return asyncio.run(_run(cluster, None))
     ready_file.unlink(missing_ok=True)  # of a launcher that was killed
@@ -140,7 +136,7 @@ def run_up(namespace: argparse.Namespace) -> int:
         ready_file.unlink(missing_ok=True)
 
 
-async def _run(cluster: Cluster, ready_file: Path | None) -> int:
+async def _run(cluster: RunningPool, ready_file: Path | None) -> int:
     stop = _stop_on_signals(cluster)
     try:
         await _first_of(cluster.start(), stop)
@@ -157,7 +153,7 @@ async def _run(cluster: Cluster, ready_file: Path | None) -> int:
         await cluster.stop(keep_logs=not stop.done())
 
 
-def _stop_on_signals(cluster: Cluster) -> asyncio.Future[int]:
+def _stop_on_signals(cluster: RunningPool) -> asyncio.Future[int]:
     """Set to the signal's number by the first one; the second one hurries the cluster's end."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
@@ -186,21 +182,21 @@ async def _first_of(work: Coroutine[None, None, None], stop: asyncio.Future[int]
 
 def print_progress(event: LaunchEvent) -> None:
     """One line a step, for a terminal or a log."""
-    print(f"[{event.elapsed_s:6.1f} s] {event.name:<10} {event.state:<8} {event.detail}".rstrip(), flush=True)
+    print(f"[{event.elapsed_s:6.1f} s] {event.name:<10} {event.state:<11} {event.detail}".rstrip(), flush=True)
 
 
-def print_ready(cluster: Cluster) -> None:
+def print_ready(cluster: RunningPool) -> None:
     """Where the cluster is, and a request to try."""
     key = "-H 'authorization: Bearer KEY' " if cluster.spec.api_key else ""
     body = '{"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}}'
-    control = f"\ncontrol   {cluster.control}" if isinstance(cluster, RunningPool) else ""
     print(
         f"""
 ready     {cluster.url}   (OpenAI clients: {cluster.url}/v1)
 model     {cluster.model}
 try       curl {cluster.url}/generate {key}-H 'content-type: application/json' -d '{body}'
 workers   curl {key}{cluster.url}/workers
-logs      {cluster.log_dir}{control}
+logs      {cluster.log_dir}
+control   {cluster.control}   (flowprefill status --control {cluster.control}; scale, logs)
 Ctrl-C ends it.""",
         flush=True,
     )
@@ -212,16 +208,15 @@ def _require_writable(ready_file: Path) -> None:
         raise BadInput(f"--ready-file {ready_file}: expected a file in a folder that exists and can be written to")
 
 
-def _write_ready_file(path: Path, cluster: Cluster) -> None:
+def _write_ready_file(path: Path, cluster: RunningPool) -> None:
     """In one step, so that a reader never sees half of it."""
-    document: dict[str, object] = {
+    document = {
         "url": cluster.url,
+        "control": cluster.control,
         "workers": [
             {"name": name, "url": cluster.member_url(name), "pid": cluster.pid(name)} for name in cluster.names()
         ],
     }
-    if isinstance(cluster, RunningPool):
-        document["control"] = cluster.control
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(document, indent=2) + "\n")
     temporary.replace(path)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec
+from flowprefill_sglang.cluster.process import FLOWPREFILL
 from flowprefill_sglang.cluster.supervision import Kind
 
+_LINE_LENGTH = 200
 _TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
 
 
@@ -23,7 +25,15 @@ class Order:
     arguments: tuple[str, ...]
     """Of ``flowprefill prefill|decode``, without addresses and ports."""
     log_dir: str | None
-    environment: Mapping[str, str]
+    """None: with its temporary files."""
+    threads: int | None = None
+    """CPU threads of its scheduler; None leaves them to the host."""
+    servers: int = 1
+    """How many members are wanted in all. They share the cores of a machine."""
+    taken_ports: tuple[int, ...] = ()
+    """Of the launcher's machine, given away already."""
+    program: tuple[str, ...] = FLOWPREFILL
+    """Python's arguments that stand for the ``flowprefill`` command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,7 @@ class Sight:
     url: str = ""
     pid: int = 0
     node: str = ""
+    """Which machine of several."""
     waiting_for: str = ""
     """Why there is no process yet."""
     ended: str | None = None
@@ -47,6 +58,9 @@ class Sight:
 
 class Host(Protocol):
     """Runs members somewhere. Each has at most one process; a name is used again once ``remove`` has returned."""
+
+    shares_files: bool
+    """Whether the launcher and all members see the same folders."""
 
     def require_room(self, counts: Mapping[str, int]) -> None:
         """Raise StartupError when so many members of each kind cannot be held."""
@@ -68,6 +82,15 @@ class Host(Protocol):
 
     async def end_all(self) -> None:
         """Interrupt all, then end by force what is left, and clear away."""
+
+    def hurry(self) -> None:
+        """Do without the first grace of ``end_all``."""
+
+
+def in_one_line(failure: str) -> str:
+    """How a process ended, for a list: the first line and the last one of what there is to say."""
+    lines = [line if len(line) <= _LINE_LENGTH else f"{line[:_LINE_LENGTH]}…" for line in failure.splitlines()]
+    return " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))
 
 
 def arguments_of(spec: ClusterSpec, kind: Kind) -> tuple[str, ...]:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Final, Self
 
 import aiohttp
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
-from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of
+from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of, in_one_line
 from flowprefill_sglang.cluster.ports import free_ports, local_url
-from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
+from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end
 from flowprefill_sglang.cluster.supervision import (
     Action,
     Drain,
@@ -38,11 +38,11 @@ from flowprefill_sglang.cluster.supervision import (
     Tick,
     Waiting,
 )
-from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
+from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 
-log = logging.getLogger(__name__)
-_PERIOD_S = 0.3
-_ROUTER_GRACE_S = 8.0
+_PERIOD_S: Final = 0.3
+_ROUTER_GRACES_S: Final = (8.0, 3.0)
+"""After the first interrupt it lets running requests end; at the second it aborts them and answers their clients."""
 
 
 class Pool:
@@ -54,31 +54,51 @@ class Pool:
         host: Host,
         address: str,
         on_progress: Callable[[LaunchEvent], None] | None = None,
+        *,
+        replaces: bool = True,
     ) -> None:
-        """``address``: this machine's, as the members reach it."""
+        """``address``: this machine's, as the members reach it. ``replaces``: False where a lost member should end
+        everything, as in a measurement."""
         self.spec = spec
         self.url = ""
         self.model = ""
         self._host = host
         self._address = address
         self._on_progress = on_progress or (lambda event: None)
+        self._replaces = replaces
         self._supervisor = Supervisor(Patience(start_s=spec.startup_timeout_s))
         self._sights: dict[str, Sight] = {}
         self._reported: dict[str, tuple[str, str]] = {}
         self._router: ChildProcess | None = None
         self._worker_bind = ""
+        self._taken_ports: tuple[int, ...] = ()
         self._folder: Path | None = None
         self._session: aiohttp.ClientSession | None = None
         self._started_at = 0.0
-        self._in_a_hurry = asyncio.Event()
+        self._in_a_hurry = False
         self._is_up = False
+        self._named_a_log = False
+        """An error tells where a log is: its reader will look there."""
         self._acting = asyncio.Lock()
 
     @property
     def log_dir(self) -> Path:
-        """Where the router's log is. Members' logs are on their nodes."""
+        """Where the router's log is, and the members' where they share this machine's files."""
         assert self._folder is not None
         return self.spec.log_dir or self._folder
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop(keep_logs=True)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop(keep_logs=kind is not None)
 
     async def start(self) -> None:
         """Start everything and wait until requests are accepted.
@@ -98,16 +118,21 @@ class Pool:
                 break
             if self._now() > deadline:
                 late = "; ".join(f"{m.name} is {m.state}{_because(m)}" for m in members if m.state != "ready")
-                raise StartupError(f"not ready after {self.spec.startup_timeout_s:g} s: {late}")
+                raise StartupError(f"not ready after {self.spec.startup_timeout_s:g} s: {late}{self._see_logs()}")
             await asyncio.sleep(_PERIOD_S)
         self._is_up = True
 
     def _start_router(self) -> None:
         spec = self.spec
-        self._folder = Path(tempfile.mkdtemp(prefix="flowprefill-pool-"))
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="flowprefill-logs-"))
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            (self.log_dir / "router.log").open("ab").close()
+        except OSError as error:
+            raise StartupError(f"cannot write logs to {self.log_dir}: {error.strerror}") from error
         ports = free_ports(2)
         port = spec.port or ports[0]
+        self._taken_ports = (port, ports[1])
         self._worker_bind = f"tcp://{self._address}:{ports[1]}"
         self.url = local_url(spec.host, port)
         key = ["--api-key", spec.api_key] if spec.api_key else []
@@ -117,7 +142,8 @@ class Pool:
         self._report("router", "starting", f"pid {self._router.pid}")
 
     async def watch(self) -> None:
-        """Keep the pool at its size until cancelled. Raises PeerFault when the router is gone."""
+        """Keep the pool at its size until cancelled. Raises PeerFault when the router is gone, or a member of a pool
+        that replaces none."""
         while True:
             await self._round()
             await asyncio.sleep(_PERIOD_S)
@@ -126,9 +152,13 @@ class Pool:
         assert self._router is not None
         status = self._router.exit_status
         if status is not None:
-            words = f"the router {describe_exit(status)}. The end of {self._router.log}:\n{self._router.last_words()}"
+            if status == WRONG_USE and not self._is_up:
+                raise BadInput(f"router does not take these flags: {self._router.last_words()}")
+            words = f"the router {self._router.how_it_ended()}{self._see_log(self._router.log)}"
             raise PeerFault(words) if self._is_up else StartupError(words)
         workers = await self._ask_router("GET")
+        if workers is not None:
+            self._report("router", "ready", self.url)
         names = [name for name, m in self._supervisor.members.items() if m.state is not MemberState.BACKING_OFF]
         starts = {name: self._supervisor.members[name].start for name in names}
         sights = await asyncio.gather(*(self._host.look(name) for name in names))
@@ -144,13 +174,6 @@ class Pool:
         name, start = member.name, member.start
         self._sights[name] = sight
         if sight.ended is not None:
-            if not self._is_up:
-                words = f"{name}: {sight.ended}"
-                raise (
-                    BadInput(f"{name} does not take these flags: {sight.ended}")
-                    if sight.wrong_use
-                    else (StartupError(words))
-                )
             await self._handle(Ended(name, start, sight.ended))
         elif sight.waiting_for:
             await self._handle(Waiting(name, start, f"waits for {sight.waiting_for}"))
@@ -185,8 +208,10 @@ class Pool:
                     await self._host.ask_to_end(name)
             case Remove(name):
                 member = self._supervisor.members.get(name)
-                self._report(name, member.state if member else "stopped", member.last_failure if member else "")
                 sight = self._sights.pop(name, Sight())
+                if member is not None and not (self._is_up and self._replaces):
+                    raise self._fault(member, sight)
+                self._report(name, member.state if member else "stopped", self._detail(member) if member else "")
                 if name.startswith("decode") and sight.url:
                     await self._ask_router("DELETE", {"url": sight.url})
                 await self._host.remove(name)
@@ -198,9 +223,26 @@ class Pool:
             kind=kind,
             model_path=str(self.spec.model_path),
             arguments=(*own, *arguments_of(self.spec, kind)),
-            log_dir=str(self.spec.log_dir) if self.spec.log_dir else None,
-            environment={"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(self.spec.threads or 1)},
+            log_dir=str(self.log_dir) if self.spec.log_dir or self._host.shares_files else None,
+            threads=self.spec.threads,
+            servers=sum(self._supervisor.desired.values()),
+            taken_ports=self._taken_ports,
         )
+
+    def _fault(self, member: Member, sight: Sight) -> FlowPrefillError:
+        if sight.wrong_use:
+            return BadInput(f"{member.name} does not take these flags: {member.last_failure}")
+        log = Path(sight.log) if self._host.shares_files and sight.log else None
+        words = f"{member.name} {member.last_failure}{self._see_log(log)}"
+        return PeerFault(words) if self._is_up else StartupError(words)
+
+    def _see_log(self, log: Path | None) -> str:
+        self._named_a_log = self._named_a_log or log is not None
+        return f"; its log is {log}" if log is not None else ""
+
+    def _see_logs(self) -> str:
+        self._named_a_log = self._named_a_log or self._host.shares_files
+        return f"; logs are in {self.log_dir}" if self._host.shares_files else ""
 
     async def scale(self, prefill: int, decode: int) -> None:
         """Want so many from now on; returns before they are there. Raises StartupError when there is no room."""
@@ -264,29 +306,21 @@ class Pool:
         return self._sights[name].pid
 
     async def stop(self, *, keep_logs: bool = False) -> None:
-        """End the router, which drains, then all members. ``keep_logs``: leave the temporary folder of a
-        pool that has served; what fails before that is quoted in the error."""
+        """End the router, which drains, then all members. ``keep_logs``: leave the temporary folder of a pool that has
+        served, or whose error names a log."""
         if self._router is not None:
-            await self._end_router(self._router)
+            await asyncio.to_thread(end, [self._router], _ROUTER_GRACES_S, lambda: self._in_a_hurry)
         if self._session is not None:
             await self._session.close()
         await self._host.end_all()
-        if self._folder is not None and not (keep_logs and self._is_up and self.spec.log_dir is None):
+        has_logs = self.spec.log_dir is None and (self._is_up or self._named_a_log)
+        if self._folder is not None and not (keep_logs and has_logs):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def hurry(self) -> None:
-        """Cut the router's drain short."""
-        self._in_a_hurry.set()
-
-    async def _end_router(self, router: ChildProcess) -> None:
-        for grace_s in (_ROUTER_GRACE_S, 3.0):
-            router.interrupt()
-            deadline = self._now() + grace_s
-            while router.exit_status is None and self._now() < deadline:
-                if grace_s == _ROUTER_GRACE_S and self._in_a_hurry.is_set():
-                    break
-                await asyncio.sleep(0.05)
-        router.kill()
+        """Cut a ``stop`` short that is under way, or to come."""
+        self._in_a_hurry = True
+        self._host.hurry()
 
     async def _ask_router(self, method: str, document: dict[str, str] | None = None) -> Any:  # its JSON, or None
         assert self._session is not None
@@ -299,10 +333,16 @@ class Pool:
         return {"authorization": f"Bearer {self.spec.api_key}"} if self.spec.api_key else {}
 
     def _detail(self, member: Member) -> str:
-        if member.state in (MemberState.STARTING, MemberState.BACKING_OFF):
-            return member.last_failure if member.state is MemberState.BACKING_OFF else member.reason
         sight = self._sights.get(member.name, Sight())
-        return f"{sight.url} pid {sight.pid} node {sight.node[:8]}"
+        node = f" node {sight.node[:8]}" if sight.node else ""
+        match member.state:
+            case MemberState.STARTING:
+                return member.reason
+            case MemberState.LOADING:
+                return f"pid {sight.pid}{node}"
+            case MemberState.BACKING_OFF:
+                return in_one_line(member.last_failure)
+        return f"{sight.url} pid {sight.pid}{node}"
 
     def _report(self, name: str, state: str, detail: str) -> None:
         """Once for each change."""

@@ -1,4 +1,4 @@
-"""A pool on Ray with its control port, put together for whoever starts one: ``up``, programs, tests."""
+"""A pool with its control port, here or on Ray, put together for whoever starts one: ``up``, the demo, programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from flowprefill_sglang.cluster.control import Control
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.local_pool import ADDRESS, LocalHost
 from flowprefill_sglang.cluster.members import Host, resource_of
 from flowprefill_sglang.cluster.pool import Pool
 from flowprefill_sglang.cluster.ports import require_free
@@ -17,8 +18,16 @@ from flowprefill_sglang.errors import StartupError
 class RunningPool(Pool):
     """A pool that is controlled at ``control`` once it has started."""
 
-    def __init__(self, spec: ClusterSpec, host: Host, address: str, on_progress: Callable[[LaunchEvent], None]) -> None:
-        super().__init__(spec, host, address, on_progress)
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        host: Host,
+        address: str,
+        on_progress: Callable[[LaunchEvent], None] | None,
+        *,
+        replaces: bool = True,
+    ) -> None:
+        super().__init__(spec, host, address, on_progress, replaces=replaces)
         self._control = Control(self)
 
     @property
@@ -35,6 +44,21 @@ class RunningPool(Pool):
         """As ``Pool.stop``."""
         await self._control.stop()
         await super().stop(keep_logs=keep_logs)
+
+
+def pool_here(
+    spec: ClusterSpec, on_progress: Callable[[LaunchEvent], None] | None = None, *, replaces: bool = True
+) -> RunningPool:
+    """A pool whose members are processes of this machine. ``replaces``: as ``Pool``'s.
+
+    Raises StartupError when the router's port is taken, or there is no model or no room.
+    """
+    if not (spec.model_path / "config.json").is_file():
+        raise StartupError(f"no model at {spec.model_path}: it has no config.json")
+    require_free(spec.host, spec.port)
+    host = LocalHost()
+    host.require_room({"prefill": spec.prefill, "decode": spec.decode})
+    return RunningPool(spec, host, ADDRESS, on_progress, replaces=replaces)
 
 
 def pool_on_ray(spec: ClusterSpec, address: str | None, on_progress: Callable[[LaunchEvent], None]) -> RunningPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 from flowprefill_sglang.errors import StartupError
@@ -12,15 +13,19 @@ _CANDIDATES = range(10_000, 30_000)  # above well-known services, below the rout
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
     """Ports that nobody listens on now, in an order of chance, so that launchers that start together rarely meet.
+
+    ``besides``: ports that are given away, though nobody may listen on them yet.
 
     They are not reserved, and a large model's server binds its port minutes later. So they lie outside of the range
     from which the kernel serves outgoing connections, any of which would take a port away meanwhile. Raises
     StartupError when there are not so many.
     """
     first_ephemeral = _first_ephemeral_port()
-    below = [port for port in _CANDIDATES if port < first_ephemeral] or list(_CANDIDATES)
+    taken = frozenset(besides)
+    below = [port for port in _CANDIDATES if port < first_ephemeral and port not in taken]
+    below = below or [port for port in _CANDIDATES if port not in taken]
     found: list[int] = []
     for port in random.SystemRandom().sample(below, len(below)):
         if len(found) == count:
@@ -32,7 +37,8 @@ def free_ports(count: int) -> list[int]:
                 continue
         found.append(port)
     if len(found) < count:
-        raise StartupError(f"{count} free ports are needed below {below[-1] + 1}; there are {len(found)}")
+        limit = max(below or _CANDIDATES) + 1
+        raise StartupError(f"{count} free ports are needed below {limit}; there are {len(found)}")
     return found
 
 

@@ -11,12 +11,10 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,15 +25,15 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from flowprefill_sglang.cluster.member_process import MemberProcess, end_members
 from flowprefill_sglang.cluster.members import Order, Sight
-from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, tail_of
+from flowprefill_sglang.cluster.process import tail_of
 from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 
 _CONNECT_S: Final = 9.0
 _ANSWER_S: Final = 3.0
 _PLACE_POLL_S: Final = 1.0
-_END_GRACES_S: Final = (8.0, 3.0)
+_END_GRACES_S: Final[tuple[float, ...]] = (8.0, 3.0)
 _END_S: Final = sum(_END_GRACES_S) + 5.0
 _OWN_CPUS: Final = 64
 """CPUs that a Ray of our own counts: on one machine they divide nothing, and members must not wait for a count."""
@@ -105,8 +103,7 @@ class _MemberActor:
     the kernel ends the child with that thread."""
 
     def __init__(self) -> None:
-        self._child: ChildProcess | None = None
-        self._folder = ""
+        self._process: MemberProcess | None = None
         with contextlib.suppress(OSError):  # Ray makes its workers nice, and not everybody may undo that
             os.setpriority(os.PRIO_PROCESS, 0, 0)
 
@@ -115,63 +112,34 @@ class _MemberActor:
         node = ray.get_runtime_context().get_node_id()
         ip: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's
         try:
-            return self._start(order, node, ip)
+            self._process = process = MemberProcess(order, ip, order.threads or 1, order.taken_ports)
         except (FlowPrefillError, OSError) as error:
             return Sight(node=node, ended=f"cannot start on node {ip}: {error}")
-
-    def _start(self, order: Order, node: str, ip: str) -> Sight:
-        if not (Path(order.model_path) / "config.json").is_file():
-            raise StartupError(f"no model at {order.model_path}: it has no config.json there")
-        self._folder = tempfile.mkdtemp(prefix="flowprefill-member-")
-        log_dir = Path(order.log_dir or self._folder)
-        log_dir.mkdir(parents=True, exist_ok=True)
-        port, bootstrap_port = free_ports(2)
-        flags = [*order.arguments, "--host", ip, "--port", str(port)]
-        if order.kind == "prefill":
-            flags += ["--name", order.name, "--disaggregation-bootstrap-port", str(bootstrap_port)]
-        log = log_dir / f"{order.name}.log"
-        # SGLang never removes its sockets and lock files, so they get a folder that is removed; compiled code stays.
-        environment = {
-            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
-            **order.environment,
-            "TMPDIR": self._folder,
-        }
-        self._child = ChildProcess(order.name, [order.kind, *flags], log, environment)
-        return Sight(url=f"http://{ip}:{port}", pid=self._child.pid, node=node, log=str(log))
+        return Sight(url=process.url, pid=process.child.pid, node=node, log=str(process.child.log))
 
     def folder(self) -> str:
         """Where its files are."""
-        return self._folder
+        return "" if self._process is None else self._process.folder
 
     def ended(self) -> tuple[str, bool] | None:
         """How the process ended, and whether it did not take its flags; None while it runs."""
-        assert self._child is not None
-        status = self._child.exit_status
-        if status is None:
-            return None
-        return f"{describe_exit(status)}: {self._child.last_words()}", status == WRONG_USE
+        assert self._process is not None
+        return self._process.ended()
 
     def terminate(self) -> None:
         """Ask the process to end when it is done."""
-        assert self._child is not None
-        if self._child.exit_status is None:
-            os.kill(self._child.pid, signal.SIGTERM)
+        assert self._process is not None
+        self._process.child.terminate()
 
     def tail(self, lines: int) -> str:
         """The end of its log."""
-        assert self._child is not None
-        return tail_of(self._child.log, lines)
+        assert self._process is not None
+        return self._process.child.log_tail(lines)
 
     def end(self, graces_s: tuple[float, ...]) -> None:
         """Interrupt once for each grace, then kill; remove the folder."""
-        if self._child is not None:
-            for grace_s in graces_s:
-                self._child.interrupt()
-                deadline = time.monotonic() + grace_s
-                while self._child.exit_status is None and time.monotonic() < deadline:
-                    time.sleep(0.05)
-            self._child.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._process is not None:
+            end_members([self._process], graces_s)
 
 
 def _clear_away(folder: str) -> None:
@@ -191,10 +159,13 @@ class _Entry:
 class RayHost:
     """Members on the cluster that this process has joined."""
 
+    shares_files = False
+
     def __init__(self, own_folder: Path | None) -> None:
         self.own_folder = own_folder
         """Of a Ray that ends with this host; None where the cluster was there before."""
         self._entries: dict[str, _Entry] = {}
+        self._graces_s = _END_GRACES_S
         self.needs: Mapping[str, tuple[str, int]] = {}
         """What a member of each kind takes, e.g. ``("GPU", 2)``. Set before the first start."""
         self.address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's
@@ -347,8 +318,12 @@ class RayHost:
         """All at once; then leave Ray, and end it where it is our own."""
         entries = list(self._entries.values())
         self._entries.clear()
-        await asyncio.gather(*(self._remove(entry, _END_GRACES_S) for entry in entries))
+        await asyncio.gather(*(self._remove(entry, self._graces_s) for entry in entries))
         await asyncio.to_thread(disconnect, self)
+
+    def hurry(self) -> None:
+        """Do without the first grace of an ``end_all`` to come."""
+        self._graces_s = _END_GRACES_S[1:]
 
 
 async def _answer(reference: Any) -> Any:  # an ObjectRef is awaitable, and no coroutine

@@ -10,7 +10,6 @@ tokenization, routers, decode and the client do not take the prefill's core, in 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +23,14 @@ import aiohttp
 from flowprefill_sglang.cluster import placement
 from flowprefill_sglang.cluster.configurations import Configuration
 from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import FLOWPREFILL, WRONG_USE, ChildProcess, describe_exit
+from flowprefill_sglang.cluster.process import (
+    FLOWPREFILL,
+    WRONG_USE,
+    ChildProcess,
+    describe_exit,
+    end,
+    server_environment,
+)
 from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 from flowprefill_sglang.observe.recording import Recording, decode
 
@@ -90,9 +96,7 @@ class LiveWorkers:
         self._configurations = configurations
         self._scratch = Path(tempfile.mkdtemp(prefix="flowprefill-bench-"))
         self._log_dir = log_dir or self._scratch
-        self._environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(self._scratch)}
-        self._environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
-        self._environment |= environment or {}
+        self._environment = server_environment(str(self._scratch), threads=1) | (environment or {})
         self._children: list[ChildProcess] = []
         self._workers: dict[str, LiveWorker] = {}
         self.decode_url = ""
@@ -187,14 +191,7 @@ class LiveWorkers:
                 self._workers[name].scheduler_pid = placement.scheduler_of(child.pid)
 
     async def _stop(self) -> None:
-        for child in self._children:
-            child.interrupt()
-        for _ in range(int(_GRACE_S * 10)):
-            if all(child.exit_status is not None for child in self._children):
-                break
-            await asyncio.sleep(0.1)
-        for child in self._children:
-            child.kill()
+        await asyncio.to_thread(end, self._children, (_GRACE_S,))
         shutil.rmtree(self._scratch, ignore_errors=True)
         if self._placement is not None:
             self._placement.undo()

@@ -22,7 +22,7 @@ from flowprefill_testing.recorded_workers import RecordedWorkers
 
 
 class StandInCluster:
-    """Has ``LocalCluster``'s interface; serves an answer of the right length, or fails as the test wants."""
+    """Has a pool's interface; serves an answer of the right length, or fails as the test wants."""
 
     specs: ClassVar[list[ClusterSpec]] = []
     stopped: ClassVar[int] = 0
@@ -32,7 +32,8 @@ class StandInCluster:
     headers: ClassVar[list[tuple[str, str]]] = []
     has_events: ClassVar[bool] = True
 
-    def __init__(self, spec: ClusterSpec, on_progress: Any) -> None:
+    def __init__(self, spec: ClusterSpec, on_progress: Any, *, replaces: bool) -> None:
+        assert not replaces, "what is compared must not change on the way"
         self.specs.append(spec)
         self.on_progress = on_progress
         self.served = 0
@@ -117,7 +118,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[StandInClus
         stopped = 0
 
     monkeypatch.chdir(tmp_path)  # where the picture goes
-    monkeypatch.setattr(demo_run, "LocalCluster", Fresh)
+    monkeypatch.setattr(demo_run, "pool_here", Fresh)
     monkeypatch.setattr(demo, "make_tiny_model", lambda: tmp_path / "model")
     return Fresh
 
@@ -215,7 +216,7 @@ def test_sigterm_takes_the_cluster_down(cluster: type[StandInCluster]) -> None:
 
 def test_a_running_server_is_used_and_left_alone(cluster: type[StandInCluster]) -> None:
     async def main() -> int:
-        async with cluster(ClusterSpec(model_path=Path()), lambda event: None) as running:
+        async with cluster(ClusterSpec(model_path=Path()), lambda event: None, replaces=False) as running:
             status = await asyncio.to_thread(run_without_signals, running.url)
             assert running.served == 4 * 4 + 20
             return status

@@ -13,27 +13,27 @@ import pytest
 
 from flowprefill_sglang.cli import up
 from flowprefill_sglang.cli.main import main
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LocalCluster
+from flowprefill_sglang.cluster.launcher import ClusterSpec
+from flowprefill_sglang.cluster.local_pool import ADDRESS, LocalHost
+from flowprefill_sglang.cluster.pool_starting import RunningPool
 from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
 
 
-class StandInCluster(LocalCluster):
+class StandInCluster(RunningPool):
     """Starts nothing. ``script`` names what happens, in order; a signal goes to this very process."""
 
     script: tuple[str, ...] = ()
     ready_file: Path | None = None
 
     def __init__(self, spec: ClusterSpec, on_progress: object) -> None:
-        super().__init__(spec, on_progress)
+        super().__init__(spec, LocalHost(), ADDRESS, on_progress)
+        if "taken" in self.script:
+            raise StartupError("cannot listen on 127.0.0.1:1")
         type(self).made.append(self)
         self.stopped = 0
         self.seen: list[bool] = []
 
     made: list[StandInCluster] = []  # noqa: RUF012 - replaced by the fixture
-
-    def check(self) -> None:
-        if "taken" in self.script:
-            raise StartupError("cannot listen on 127.0.0.1:1")
 
     async def start(self) -> None:
         self.seen.append(self.ready_file is not None and self.ready_file.exists())
@@ -42,7 +42,7 @@ class StandInCluster(LocalCluster):
             await asyncio.Event().wait()
         if "fail" in self.script:
             raise StartupError("decode-0 ended with status 1")
-        self.url, self.model, self._log_dir = "http://127.0.0.1:1", "tiny", Path("/logs")
+        self.url, self.model, self._folder = "http://127.0.0.1:1", "tiny", Path("/logs")
 
     async def watch(self) -> None:
         self.seen.append(self.ready_file is not None and self.ready_file.exists())
@@ -65,7 +65,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandInCluster]:
     class Fresh(StandInCluster):
         made: list[StandInCluster] = []  # noqa: RUF012 - this class lives for one test
 
-    monkeypatch.setattr(up, "LocalCluster", Fresh)
+    monkeypatch.setattr(up, "pool_here", Fresh)
     monkeypatch.setattr(up, "make_tiny_model", lambda: Path("/model"))
     return Fresh
 
@@ -99,10 +99,11 @@ def test_the_prefill_workers_have_flags_of_their_own(stand_in: type[StandInClust
 
 
 def test_the_ready_file_is_what_scripts_expect(tmp_path: Path) -> None:
-    cluster = LocalCluster(ClusterSpec(model_path=tmp_path))
+    cluster = StandInCluster(ClusterSpec(model_path=tmp_path), None)
     cluster.url = "http://127.0.0.1:1"
     up._write_ready_file(tmp_path / "ready", cluster)
-    assert json.loads((tmp_path / "ready").read_text()) == {"url": "http://127.0.0.1:1", "workers": []}
+    expected = {"url": "http://127.0.0.1:1", "control": "", "workers": []}
+    assert json.loads((tmp_path / "ready").read_text()) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["ready"]
 
 

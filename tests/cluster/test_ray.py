@@ -138,4 +138,4 @@ def test_control_commands_say_what_is_wrong(tmp_path: Path) -> None:
     assert flowprefill("status", "--ready-file", str(tmp_path / "none.json"))[0] == 2
     (tmp_path / "local.json").write_text(json.dumps({"url": "http://x"}))
     status, said = flowprefill("status", "--ready-file", str(tmp_path / "local.json"))
-    assert (status, "only up --launcher ray has one" in said) == (2, True)
+    assert (status, "names no control address" in said) == (2, True)

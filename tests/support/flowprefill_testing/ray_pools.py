@@ -1,4 +1,5 @@
-"""``flowprefill up --launcher ray`` on a Ray cluster of several nodes on this machine, as tests see it."""
+"""``flowprefill up`` as tests see it, with its control port: on this machine alone, or on a Ray cluster of several
+nodes on this machine."""
 
 from __future__ import annotations
 
@@ -38,19 +39,19 @@ def ray_nodes(workers: int) -> Iterator[Any]:
         nodes.shutdown()
 
 
-class RayPool:
+class UpPool:
     """``up``, its control port, and its requests."""
 
-    def __init__(self, address: str, model_path: Path, folder: Path, *more: str) -> None:
+    def __init__(self, model_path: Path, folder: Path, *more: str, **environment: str) -> None:
         self.ready_file, self.log = folder / "ready.json", folder / "up.log"
-        flags = ["--launcher", "ray", "--ray-address", address, "--model-path", str(model_path), "--port", "0"]
-        flags += ["--ready-file", str(self.ready_file)]
+        flags = ["--model-path", str(model_path), "--port", "0", "--ready-file", str(self.ready_file)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flowprefill_sglang", "up", *flags, *FLAGS, *more],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **environment},
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
@@ -130,3 +131,10 @@ class RayPool:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             return self.process.wait()
+
+
+class RayPool(UpPool):
+    """On the Ray cluster at an address."""
+
+    def __init__(self, address: str, model_path: Path, folder: Path, *more: str) -> None:
+        super().__init__(model_path, folder, "--launcher", "ray", "--ray-address", address, *more)

@@ -1,0 +1,106 @@
+"""``flowprefill up`` on this machine with real SGLang: loses a worker, grows, shrinks, and ends, under load."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flowprefill_sglang.cluster.ports import require_free
+from flowprefill_sglang.cluster.process_group import processes_of
+from flowprefill_testing.clusters import wait_until
+from flowprefill_testing.ray_pools import UpPool
+
+pytestmark = pytest.mark.cluster
+RECOVERY_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all processes of the pool."""
+    return tmp_path_factory.mktemp("tmp")
+
+
+@pytest.fixture(scope="module")
+def pool(model_path: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpPool]:
+    running = UpPool(model_path, tmp_path_factory.mktemp("local-pool"), TMPDIR=str(temporary))
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.end()
+
+
+def flowprefill(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "flowprefill_sglang", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shared_memory_of(pids: list[int]) -> set[int]:
+    """Inodes of all that they share, whoever is to remove it: a semaphore's name is not the one it was mapped under."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    return {int(inode) for inode in re.findall(r"(\d+) +/dev/shm/", maps)}
+
+
+def files_of(inodes: set[int]) -> list[str]:
+    return [entry.name for entry in os.scandir("/dev/shm") if entry.inode() in inodes]
+
+
+def ports_of(pids: list[int]) -> set[int]:
+    connections = [one for pid in pids for one in psutil.Process(pid).net_connections("inet")]
+    return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+
+
+def test_serves_and_shows_itself(pool: UpPool) -> None:
+    assert pool.ask(1) == 200
+    shown = flowprefill("status", "--ready-file", str(pool.ready_file))
+    assert "prefill: 1 of 1 ready, decode: 1 of 1 ready" in shown
+    log = flowprefill("logs", "decode-0", "--lines", "5", "--ready-file", str(pool.ready_file))
+    assert 1 <= len(log.splitlines()) <= 5
+    assert [worker["name"] for worker in pool.document["workers"]] == ["router", "prefill-0", "decode-0"]
+    output = pool.log.read_text()
+    assert f"control   {pool.document['control']}" in output
+    assert len([line for line in output.splitlines() if " ready " in line and line.startswith("[")]) == 3
+
+
+def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool: UpPool) -> None:
+    ready = str(pool.ready_file)
+    with pool.load() as statuses:
+        flowprefill("scale", "--prefill", "2", "--decode", "2", "--ready-file", ready)
+        pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
+        victim = pool.member("prefill-0")
+        os.kill(victim["pid"], signal.SIGKILL)
+        pool.wait(lambda: pool.restarted("prefill-0", victim["restarts"]), RECOVERY_S)
+        assert pool.member("prefill-0")["url"] != victim["url"]
+        assert "was killed by SIGKILL" in pool.member("prefill-0")["last_failure"]
+        flowprefill("scale", "--prefill", "1", "--decode", "1", "--ready-file", ready)
+        pool.wait(lambda: sorted(pool.states()) == ["decode-0", "prefill-0"], RECOVERY_S)
+        served = len(statuses)
+        pool.wait(lambda: len(statuses) > served + 3, RECOVERY_S)
+    assert set(statuses) == {200}
+
+
+def test_ends_and_leaves_nothing(pool: UpPool, temporary: Path) -> None:
+    groups = [pool.document["workers"][0]["pid"], *(member["pid"] for member in pool.status()["members"])]
+    pids = [pool.process.pid, *(pid for group in groups for pid in processes_of(group))]
+    shared, ports = shared_memory_of(pids), ports_of(pids)
+    kinds = {re.split("[-_]", name)[0] for name in files_of(shared)}
+    assert kinds >= {"sem.mp", "sglang"}, "what Python and SGLang may leave is looked at"
+    assert len(ports) >= 6
+    assert pool.end() == 0
+    wait_until(lambda: not any(processes_of(group) for group in groups), timeout_s=20)
+    assert files_of(shared) == []
+    assert {folder.name for folder in temporary.iterdir()} <= {f"torchinductor_{os.getuid()}"}, "kept for next time"
+    for port in ports:
+        require_free("127.0.0.1", port)
+    assert not pool.ready_file.exists()
