@@ -122,6 +122,7 @@ class DecodePool:
         check_now = self._check_now[instance.url]
         while True:
             check_now.clear()
+            gone = False
             try:
                 async with asyncio.timeout(self._config.health_check_timeout_secs):
                     changed = self.registry.on_healthy(instance, await self._check(instance))
@@ -131,6 +132,9 @@ class DecodePool:
             except TimeoutError:
                 changed = self.registry.on_failure(instance, "its health check timed out")
             self._log_change(instance, changed)
+            if changed and instance.state is WorkerState.DEAD and not gone:
+                # It hangs with its connections open. What it owes is tried elsewhere, or fails, now and not in hours.
+                self._origins[instance.url].close()
             ready = instance.state is WorkerState.READY
             pause_s = self._config.health_check_interval_secs if ready else JOINING_CHECK_INTERVAL_S
             with suppress(TimeoutError):

@@ -29,7 +29,10 @@ def nodes() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pool(nodes: Any, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
-    running = RayPool(nodes.address, model_path, tmp_path_factory.mktemp("ray-pool"))
+    # A hang is noticed in seconds here, on a machine where an operator takes milliseconds.
+    sooner = ["--prefill-args", "--unresponsive-secs 10"]
+    sooner += ["--router-args", "--health-check-interval-secs 1 --health-check-timeout-secs 5"]
+    running = RayPool(nodes.address, model_path, tmp_path_factory.mktemp("ray-pool"), *sooner)
     try:
         running.wait_ready()
         yield running
@@ -62,11 +65,21 @@ def test_serves_and_shows_itself(pool: RayPool) -> None:
     assert pool.status()["desired"] == {"prefill": 1, "decode": 1}
 
 
+def scheduler_of(member: dict[str, Any]) -> psutil.Process:
+    """The process of SGLang's that computes."""
+    children = psutil.Process(member["pid"]).children(recursive=True)
+    return next(child for child in children if child.name().startswith("sglang::sched"))
+
+
 def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool: RayPool) -> None:
     ready = str(pool.ready_file)
     with pool.load() as statuses:
         assert flowprefill("scale", "--prefill", "3", "--ready-file", ready)[0] == 0
         pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
+        scheduler_of(pool.member("prefill-1")).suspend()  # its HTTP process beats on
+        pool.wait(lambda: pool.member("prefill-1")["state"] != "ready", 60)
+        assert "its scheduler process has not answered for 1" in pool.member("prefill-1")["last_failure"]
+        assert "its scheduler process has not answered" in flowprefill("status", "--ready-file", ready)[1]
         os.kill(pool.member("prefill-2")["pid"], signal.SIGKILL)
         pool.wait(lambda: pool.member("prefill-2")["state"] != "ready", 20)
         assert flowprefill("scale", "--prefill", "1", "--ready-file", ready)[0] == 0
@@ -83,6 +96,26 @@ def test_a_killed_process_is_replaced(pool: RayPool) -> None:
     assert after["pid"] != before["pid"]
     assert "was killed by SIGKILL" in after["last_failure"]
     assert pool.ask(2) == 200
+
+
+def test_a_worker_that_is_stopped_as_a_whole_is_replaced(pool: RayPool) -> None:
+    before = pool.member("prefill-0")
+    group = [psutil.Process(before["pid"]), *psutil.Process(before["pid"]).children(recursive=True)]
+    for process in group:
+        process.suspend()
+    pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
+    failure = pool.member("prefill-0")["last_failure"]
+    assert "failed its health checks for 10 s: the router says: dead (no message for" in failure
+    assert psutil.wait_procs(group, timeout=10)[1] == []
+    assert pool.ask(5) == 200
+
+
+def test_a_decode_instance_whose_scheduler_hangs_is_replaced(pool: RayPool) -> None:
+    before = pool.member("decode-0")
+    scheduler_of(before).suspend()
+    pool.wait(lambda: pool.restarted("decode-0", before["restarts"]), RECOVERY_S)
+    assert "the router says: dead (its health check timed out)" in pool.member("decode-0")["last_failure"]
+    assert pool.ask(6) == 200
 
 
 def test_a_killed_actor_is_replaced(pool: RayPool) -> None:
