@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.log_progress import Doings
 from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of
 from flowprefill_sglang.cluster.ports import free_ports, local_url
 from flowprefill_sglang.cluster.process import ChildProcess, describe_exit
@@ -65,6 +66,7 @@ class Pool:
         self._supervisor = Supervisor(Patience(start_s=spec.startup_timeout_s))
         self._sights: dict[str, Sight] = {}
         self._reported: dict[str, tuple[str, str]] = {}
+        self._doings = Doings(host.log, self._tell_doing)
         self._router: ChildProcess | None = None
         self._worker_bind = ""
         self._folder: Path | None = None
@@ -139,6 +141,7 @@ class Pool:
         await self._handle(Tick())
         for member in self._supervisor.members.values():
             self._report(member.name, member.state, self._detail(member))
+        self._doings.look_if_due(self._supervisor.members.values(), self._now())
 
     async def _saw(self, member: Member, sight: Sight, workers: Any) -> None:  # the router's JSON, or None
         name, start = member.name, member.start
@@ -225,6 +228,7 @@ class Pool:
                     "retry_in_s": round(max(0.0, member.retry_at - now), 1) if member.state == "backing_off" else None,
                     "reason": member.reason,
                     "last_failure": member.last_failure,
+                    "doing": self._doings.of(member.name),
                     "url": sight.url,
                     "pid": sight.pid,
                     "node": sight.node,
@@ -267,6 +271,7 @@ class Pool:
     async def stop(self, *, keep_logs: bool = False) -> None:
         """End the router, which drains, then all members. ``keep_logs``: leave the temporary folder of a
         pool that has served; what fails before that is quoted in the error."""
+        self._doings.close()
         if self._router is not None:
             await self._end_router(self._router)
         if self._session is not None:
@@ -310,6 +315,11 @@ class Pool:
         if self._reported.get(name) != (state, detail):
             self._reported[name] = (state, detail)
             self._on_progress(LaunchEvent(name, state, self._now() - self._started_at, detail))
+
+    def _tell_doing(self, member: Member, text: str) -> None:
+        now = self._now()
+        detail = f"for {now - member.since:.0f} s: {text or 'its log says nothing yet'}"
+        self._on_progress(LaunchEvent(member.name, member.state, now - self._started_at, detail, is_step=False))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flowprefill_testing.leftovers import holdings_of
 from flowprefill_testing.ray_pools import FLAGS, RayPool, ray_nodes
 
 pytest.importorskip("ray")
@@ -137,14 +140,36 @@ def test_the_members_of_a_lost_node_are_placed_elsewhere(pool: RayPool, nodes: A
 
 
 def test_ends_and_leaves_nothing(pool: RayPool) -> None:
-    processes = [psutil.Process(member["pid"]) for member in pool.status()["members"]]
-    processes += [child for process in processes for child in process.children(recursive=True)]
-    folders = {Path(process.environ()["TMPDIR"]) for process in processes}
+    members = [member["pid"] for member in pool.status()["members"]]
+    held = holdings_of([pool.process.pid, *members], pool.temporary)
+    assert len(held.processes) >= 8, "up, router, and three of each member"
+    assert len(held.listening) >= 6, "control, router, workers' port, two members, KV bootstrap"
+    assert held.unix_sockets
     assert pool.end() == 0
-    psutil.wait_procs(processes, timeout=20)
-    assert [process for process in processes if process.is_running()] == []
-    assert [folder for folder in folders if folder.exists()] == []
+    psutil.wait_procs(held.processes, timeout=20)
+    assert held.left() == []
+    assert list(pool.temporary.iterdir()) == []
     assert not pool.ready_file.exists()
+
+
+def test_a_ray_of_its_own_ends_with_it_and_leaves_nothing(model_path: Path, tmp_path: Path) -> None:
+    ray_before = set(Path("/tmp").glob("ray*"))
+    pool = RayPool(None, model_path, tmp_path)
+    try:
+        pool.wait_ready()
+        members = [psutil.Process(member["pid"]).ppid() for member in pool.status()["members"]]
+        held = holdings_of([pool.process.pid, *members], pool.temporary)
+        assert any("raylet" in process.name() for process in held.processes)
+        assert [line for line in pool.log.read_text().splitlines() if " loading     for " in line], (
+            "it said what it did"
+        )
+        assert pool.end() == 0
+    finally:
+        pool.end()
+    psutil.wait_procs(held.processes, timeout=20)
+    assert held.left() == []
+    assert [path.name for path in pool.temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+    assert set(Path("/tmp").glob("ray*")) <= ray_before
 
 
 @pytest.mark.parametrize(
@@ -164,6 +189,39 @@ def test_bad_input_is_one_clear_line(nodes: Any, model_path: Path, flags: list[s
     ended, said = flowprefill(*common, *given)
     assert ended == status, said
     assert words in said.splitlines()[-1], said
+
+
+def test_a_port_that_is_taken_is_one_clear_line_and_nothing_is_left(
+    nodes: Any, model_path: Path, tmp_path: Path
+) -> None:
+    def members() -> set[int]:
+        return {one.pid for one in psutil.process_iter() if str(model_path) in " ".join(_command_of(one))}
+
+    before = members()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        common = ["up", "--launcher", "ray", "--ray-address", nodes.address, "--model-path", str(model_path), *FLAGS]
+        common += ["--log-dir", str(tmp_path / "logs"), "--ready-file", str(tmp_path / "ready.json")]
+        status, said = flowprefill(*common, "--port", port)
+        assert status == 1, said
+        assert said.splitlines()[-1].startswith("flowprefill up: ")
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in said
+        assert not (tmp_path / "logs").exists(), "it was known before anything was started"
+        # Found by the router alone, when members are starting already.
+        status, said = flowprefill(*common, "--port", "0", "--router-args", f"--prometheus-port {port}")
+        assert status == 1, said
+        assert f"cannot listen on 127.0.0.1:{port}" in said.splitlines()[-1]
+        assert "Traceback" not in said
+    assert members() <= before
+    assert not (tmp_path / "ready.json").exists()
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def test_control_commands_say_what_is_wrong(tmp_path: Path) -> None:

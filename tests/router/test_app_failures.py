@@ -139,6 +139,9 @@ async def test_a_decode_that_hangs_with_its_connections_open_is_retried_elsewher
         status, _ = await asking
         assert status == 200
         assert [len(instance.bodies) for instance in one.decodes if instance is not hung] == [1]
+        async with one.client.get(f"{one.url}/workers") as answer:
+            reasons = {worker["url"]: worker["reason"] for worker in (await answer.json())["workers"]}
+        assert reasons[hung.url] == "its health check timed out"
         await until(lambda: hung.cut)
 
 

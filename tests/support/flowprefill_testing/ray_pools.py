@@ -41,9 +41,14 @@ def ray_nodes(workers: int) -> Iterator[Any]:
 class RayPool:
     """``up``, its control port, and its requests."""
 
-    def __init__(self, address: str, model_path: Path, folder: Path, *more: str) -> None:
+    def __init__(self, address: str | None, model_path: Path, folder: Path, *more: str) -> None:
+        """``address``: of a Ray cluster; None has ``up`` start one of its own."""
         self.ready_file, self.log = folder / "ready.json", folder / "up.log"
-        flags = ["--launcher", "ray", "--ray-address", address, "--model-path", str(model_path), "--port", "0"]
+        self.temporary = folder / "tmp"
+        """For the temporary files of ``up``, and of all that it starts."""
+        self.temporary.mkdir()
+        flags = ["--launcher", "ray", "--model-path", str(model_path), "--port", "0"]
+        flags += [] if address is None else ["--ray-address", address]
         flags += ["--ready-file", str(self.ready_file)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -51,6 +56,7 @@ class RayPool:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
