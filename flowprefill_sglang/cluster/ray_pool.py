@@ -30,11 +30,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from flowprefill_sglang.cluster.members import Order, Sight
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, describe_exit, tail_of
+from flowprefill_sglang.cluster.process_group import shared_memory_of
 from flowprefill_sglang.errors import BadInput, FlowPrefillError, PeerFault, StartupError
 
 _CONNECT_S: Final = 9.0
 _ANSWER_S: Final = 3.0
 _PLACE_POLL_S: Final = 1.0
+_NOTE_EVERY_S: Final = 5.0
 _END_GRACES_S: Final = (8.0, 3.0)
 _END_S: Final = sum(_END_GRACES_S) + 5.0
 _OWN_CPUS: Final = 64
@@ -107,6 +109,8 @@ class _MemberActor:
     def __init__(self) -> None:
         self._child: ChildProcess | None = None
         self._folder = ""
+        self._shared_memory: set[Path] = set()
+        self._noted_at = 0.0
         with contextlib.suppress(OSError):  # Ray makes its workers nice, and not everybody may undo that
             os.setpriority(os.PRIO_PROCESS, 0, 0)
 
@@ -148,8 +152,16 @@ class _MemberActor:
         assert self._child is not None
         status = self._child.exit_status
         if status is None:
+            if time.monotonic() > self._noted_at + _NOTE_EVERY_S:
+                self._note_shared_memory()
             return None
         return f"{describe_exit(status)}: {self._child.last_words()}", status == WRONG_USE
+
+    def _note_shared_memory(self) -> None:
+        """What is to be removed once the process has ended, which may be soon and by force."""
+        assert self._child is not None
+        self._shared_memory |= shared_memory_of(self._child.pid)
+        self._noted_at = time.monotonic()
 
     def terminate(self) -> None:
         """Ask the process to end when it is done."""
@@ -165,12 +177,15 @@ class _MemberActor:
     def end(self, graces_s: tuple[float, ...]) -> None:
         """Interrupt once for each grace, then kill; remove the folder."""
         if self._child is not None:
+            self._note_shared_memory()
             for grace_s in graces_s:
                 self._child.interrupt()
                 deadline = time.monotonic() + grace_s
                 while self._child.exit_status is None and time.monotonic() < deadline:
                     time.sleep(0.05)
             self._child.kill()
+        for file in self._shared_memory:
+            file.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

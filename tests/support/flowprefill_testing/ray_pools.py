@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -44,9 +46,8 @@ class RayPool:
     def __init__(self, address: str | None, model_path: Path, folder: Path, *more: str) -> None:
         """``address``: of a Ray cluster; None has ``up`` start one of its own."""
         self.ready_file, self.log = folder / "ready.json", folder / "up.log"
-        self.temporary = folder / "tmp"
-        """For the temporary files of ``up``, and of all that it starts."""
-        self.temporary.mkdir()
+        self.temporary = Path(tempfile.mkdtemp(prefix="up-", dir="/tmp"))  # a short path: it holds sockets
+        """For the temporary files of ``up``, and of a Ray of its own with its members. ``clear_away`` removes it."""
         flags = ["--launcher", "ray", "--model-path", str(model_path), "--port", "0"]
         flags += [] if address is None else ["--ray-address", address]
         flags += ["--ready-file", str(self.ready_file)]
@@ -126,6 +127,11 @@ class RayPool:
             done.set()
             for one in clients:
                 one.join()
+
+    def clear_away(self) -> None:
+        """End it, and remove its temporary files."""
+        self.end()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def end(self) -> int:
         """Ctrl-C; its exit status."""
