@@ -167,7 +167,7 @@ class Pool:
             if state == "ready" and not self.model:
                 self.model = (known or {})["model"]
             # An actor that is slow to answer, on a busy node, is no reason to kill a server that serves.
-            why = f" ({known['reason']})" if known and known["reason"] else ""
+            why = f" ({known['reason']})" if known and known.get("reason") else ""
             reason = f"the router says: {state}{why}{'' if sight.answered else ', and its actor does not answer'}"
             await self._handle(Running(name, start, state == "ready", reason))
 

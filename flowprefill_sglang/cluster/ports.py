@@ -27,7 +27,7 @@ def free_ports(count: int) -> list[int]:
             break
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind(("", port))  # on every address: members and routers listen on others than this one
             except OSError:
                 continue
         found.append(port)

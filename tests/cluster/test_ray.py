@@ -78,6 +78,7 @@ def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool
     ready = str(pool.ready_file)
     with pool.load() as statuses:
         assert flowprefill("scale", "--prefill", "3", "--ready-file", ready)[0] == 0
+        pool.wait(lambda: any(one["doing"] for one in pool.status()["members"]), RECOVERY_S)
         pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
         scheduler_of(pool.member("prefill-1")).suspend()  # its HTTP process beats on
         pool.wait(lambda: pool.member("prefill-1")["state"] != "ready", 60)
