@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Final
 
-_SHARED_MEMORY: Final = "/dev/shm/"
-_NAMED_BY_SGLANG: Final = ("sglang_loads_", "sgl_shm_")
-"""SGLang 0.5.23 removes these only on its own CI (``utils/stale_shm_cleanup.py``)."""
+_SHARED_MEMORY: Final = Path("/dev/shm")
+_MAPPED: Final = re.compile(r"(\d+) +/dev/shm/")
+"""An inode in ``/proc/PID/maps``: the name beside it is not always the one that the file has."""
+_LEFT_BEHIND: Final = ("sglang_loads_", "sgl_shm_", "sem.mp-")
+"""SGLang 0.5.23 removes the first two on its own CI only (``utils/stale_shm_cleanup.py``). Semaphores are for Python's
+resource tracker to remove, which SGLang kills with all its children when it ends (``kill_process_tree``)."""
 
 
 def processes_of(group: int) -> list[int]:
@@ -29,16 +34,15 @@ def _lives_in(group: int, folder: Path) -> bool:
 
 
 def shared_memory_of(group: int) -> set[Path]:
-    """Files in shared memory that a group of SGLang's processes has open, and does not remove at its end."""
-    found: set[Path] = set()
+    """Files in shared memory that a group of SGLang's processes has mapped, and does not remove at its end."""
+    inodes: set[int] = set()
     for pid in processes_of(group):
-        try:
-            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:  # it has just ended, or closed one
-            continue
-        names = (link.removeprefix(_SHARED_MEMORY) for link in links if link.startswith(_SHARED_MEMORY))
-        found |= {Path(_SHARED_MEMORY, name) for name in names if name.startswith(_NAMED_BY_SGLANG)}
-    return found
+        with contextlib.suppress(OSError):  # it has just ended
+            inodes.update(map(int, _MAPPED.findall(Path(f"/proc/{pid}/maps").read_text())))
+    if not inodes:
+        return set()
+    entries = os.scandir(_SHARED_MEMORY)
+    return {Path(entry) for entry in entries if entry.name.startswith(_LEFT_BEHIND) and entry.inode() in inodes}
 
 
 def memory_bytes(group: int) -> int:

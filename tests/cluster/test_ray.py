@@ -146,6 +146,7 @@ def test_ends_and_leaves_nothing(pool: RayPool) -> None:
     assert len(held.processes) >= 8, "up, router, and three of each member"
     assert len(held.listening) >= 6, "control, router, workers' port, two members, KV bootstrap"
     assert held.unix_sockets
+    assert held.shared_memory
     assert pool.end() == 0
     psutil.wait_procs(held.processes, timeout=20)
     assert held.left() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
-SHARED_MEMORY = "/dev/shm/"
+SHARED_MEMORY = Path("/dev/shm")
+MAPPED = re.compile(r"(\d+) +/dev/shm/")
+"""An inode in ``/proc/PID/maps``: a semaphore is mapped before it has its name."""
 
 
 @dataclass
@@ -48,12 +51,13 @@ def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
 
 
 def _add(held: Holdings, process: psutil.Process, temporary: Path) -> None:
-    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    names = {line[line.index("/") :] for line in maps if "/" in line}
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    inodes = set(map(int, MAPPED.findall(maps)))
+    held.shared_memory |= {Path(entry) for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
+    names = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
     for number in os.listdir(f"/proc/{process.pid}/fd"):
         with suppress(OSError):
             names.add(os.readlink(f"/proc/{process.pid}/fd/{number}"))
-    held.shared_memory |= {Path(name) for name in names if name.startswith(SHARED_MEMORY) and _is_named(name)}
     held.files |= {Path(name) for name in names if Path(name).is_relative_to(temporary) and _is_named(name)}
     own = process.environ().get("TMPDIR", "")
     if own and Path(own) != temporary:
