@@ -21,10 +21,10 @@ class Manager:
     get_internal_state = TokenizerControlMixin.get_internal_state
 
     def __init__(self) -> None:
-        self.sent: list[object] = []
+        self.sent = asyncio.Event()
         self.model_update_result: asyncio.Future[None] | None = None
-        self.get_internal_state_communicator = FanOutCommunicator(self.sent.append, 1)
-        self.flush_cache_communicator = FanOutCommunicator(self.sent.append, 1)
+        self.get_internal_state_communicator = FanOutCommunicator(lambda request: self.sent.set(), 1)
+        self.flush_cache_communicator = FanOutCommunicator(lambda request: self.sent.set(), 1)
 
     def auto_create_handle_loop(self) -> None:
         """There is nothing to read from."""
@@ -49,8 +49,7 @@ def test_a_question_is_answered_by_the_scheduler_and_is_no_control_request(monke
         manager = Manager()
         engine = engine_of(manager, monkeypatch)
         asking = asyncio.create_task(engine.sign_of_life())
-        while not manager.sent:
-            await asyncio.sleep(0)
+        await manager.sent.wait()
         assert not engine.is_under_control()
         assert not asking.done()
         manager.get_internal_state_communicator.handle_recv(SimpleNamespace(internal_state={}))
@@ -65,8 +64,7 @@ def test_a_control_request_is_known_until_it_is_done(monkeypatch: pytest.MonkeyP
         engine = engine_of(manager, monkeypatch)
         assert not engine.is_under_control()
         flushing = asyncio.create_task(manager.flush_cache_communicator("flush"))
-        while not manager.sent:
-            await asyncio.sleep(0)
+        await manager.sent.wait()
         assert engine.is_under_control()
         manager.flush_cache_communicator.handle_recv("flushed")
         await flushing
