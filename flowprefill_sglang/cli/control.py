@@ -42,9 +42,11 @@ def run_status(namespace: argparse.Namespace) -> int:
     print(", ".join(f"{kind}: {ready[kind]} of {wanted} ready" for kind, wanted in status["desired"].items()))
     print(f"{'NAME':<12}{'STATE':<13}{'FOR':>8}{'RESTARTS':>10}  {'NODE':<10}{'PID':<9}REASON")
     for one in members:
-        reason, failure = one["reason"] or one["doing"], one["last_failure"].splitlines()
+        reason, failure = one["reason"], one["last_failure"].splitlines()
         if one["retry_in_s"] is not None:
             reason = f"again in {one['retry_in_s']:.0f} s"
+        elif not reason:
+            reason = one.get("doing", "")
         if failure:
             told = failure[0] if len(failure) == 1 else f"{failure[0]} / {failure[-1]}"
             reason = f"{reason}{'; ' if reason else ''}last failure: {told}"

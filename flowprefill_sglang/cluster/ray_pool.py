@@ -185,7 +185,8 @@ class _MemberActor:
                     time.sleep(0.05)
             self._child.kill()
         for file in self._shared_memory:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
