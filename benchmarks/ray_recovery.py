@@ -47,7 +47,7 @@ def main() -> int:
                 recovery(pool, "node lost", lambda one: lose_node(nodes, one["node"])),
             ]
         finally:
-            pool.end()
+            pool.clear_away()
     print(f"{'loss':<18}{'noticed_s':>10}{'recovered_s':>12}  answers")
     for row in rows:
         print(f"{row['loss']:<18}{row['noticed_s']:>10.1f}{row['recovered_s']:>12.1f}  {row['answers']}")

@@ -37,6 +37,10 @@ class WorkerConfig:
     leave_after_s: float = 30.0
     """Longest wait for requests in flight once the worker drains, asked by the router or by SIGTERM. Then they are
     aborted, and the router tries them elsewhere. Thirty seconds are what orchestrators give a process by default."""
+    unresponsive_s: float = 60.0
+    """A scheduler process that leaves a question unanswered for so long is taken for hung, and the worker ends, to be
+    started again. A minute: it answers at the next operator boundary, and no operator, nor what is compiled at its
+    first use, should take so long; SGLang's own watchdog, which has no say between two batches, waits five."""
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     """What is prefilled when."""
 
@@ -53,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=WorkerConfig.leave_after_s,
         metavar="S",
         help="longest wait for requests in flight on shutdown (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unresponsive-secs",
+        type=positive_seconds,
+        default=WorkerConfig.unresponsive_s,
+        metavar="S",
+        help="a scheduler process that answers nothing for so long is hung: the worker ends (default: %(default)s)",
     )
     _add_scheduler_arguments(parser.add_argument_group("scheduling"))
 
@@ -142,5 +153,9 @@ def from_arguments(namespace: argparse.Namespace) -> WorkerConfig:
         cost_file=namespace.cost_file,
     )
     return WorkerConfig(
-        router=namespace.router, name=name, leave_after_s=namespace.shutdown_drain_secs, scheduler=scheduler
+        router=namespace.router,
+        name=name,
+        leave_after_s=namespace.shutdown_drain_secs,
+        unresponsive_s=namespace.unresponsive_secs,
+        scheduler=scheduler,
     )

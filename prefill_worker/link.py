@@ -17,11 +17,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.progress import ProgressReader
 from flowprefill_sglang.prefill_worker.reporter import Batch
 from flowprefill_sglang.prefill_worker.session import Action, Cancel, Log, Prefill, Reconnect, Send, Session
+from flowprefill_sglang.prefill_worker.signs_of_life import SignsOfLife
 from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_to_worker, encode
 from flowprefill_sglang.wire.messages import Dispatch, Hello
 
@@ -33,6 +35,10 @@ _GOODBYE_LINGER_MS = 200
 
 PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 """Handlers that a router may call; everything else goes to the worker's HTTP endpoint."""
+
+
+class SchedulerHangs(PeerFault):
+    """The engine's scheduler process does not answer any more. Nothing in this worker can help it."""
 
 
 class Engine(Protocol):
@@ -57,6 +63,14 @@ class Engine(Protocol):
 
     async def hello(self, config: WorkerConfig) -> Hello:
         """The facts about this worker."""
+        ...
+
+    async def sign_of_life(self) -> None:
+        """Ask the scheduler process, and return when it has answered."""
+        ...
+
+    def is_under_control(self) -> bool:
+        """Whether the scheduler process was given a control request, which may take minutes, and has not done it."""
         ...
 
 
@@ -112,12 +126,13 @@ class Link:
         self._running: dict[str, _Running] = {}  # by the link's id; a new request may take a cancelled one's place
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = ProgressReader()
+        self._signs = SignsOfLife(patience_s=config.unresponsive_s, now=clock())
 
     async def run(self) -> None:
         """Greet the router and serve it until the link is over: drained, or the engine is stopping. A router that
         refuses this worker for its version is greeted on, slowly.
 
-        Raises whatever ``Engine.hello`` raises.
+        Raises whatever ``Engine.hello`` raises, and SchedulerHangs.
         """
         loop = asyncio.get_running_loop()
         hello = await self._engine.hello(self._config)
@@ -151,7 +166,25 @@ class Link:
                 await self._do(session.drain("the worker was told to stop", clock()))
             if clock() >= session.next_tick_at:
                 self._repeat_aborts()
-                await self._do(session.tick(clock()))
+                await self._look_for_signs_of_life()
+                await self._do(session.tick(clock(), self._signs.silent_s))
+
+    async def _look_for_signs_of_life(self) -> None:
+        signs = self._signs
+        is_excused = self._engine.is_under_control()
+        if signs.look(self._clock(), is_busy=bool(self._running), is_excused=is_excused):
+            self._spawn(self._ask())
+        if signs.is_hung:
+            reason = f"its scheduler process has not answered for {signs.silent_s:.0f} s"
+            await self._do(self._session.leave(reason))  # the router tries elsewhere what it had sent here
+            raise SchedulerHangs(f"{reason} (--unresponsive-secs); this worker ends")
+
+    async def _ask(self) -> None:
+        try:
+            await self._engine.sign_of_life()
+        except Exception as error:  # it is no proof of a hang
+            logger.warning("the scheduler process could not be asked whether it works: %s", error)
+        self._signs.heard(self._clock())
 
     async def _readable(self, wait_s: float) -> bool:
         assert self._socket is not None
@@ -219,6 +252,7 @@ class Link:
 
     def _observe(self, batch: Batch) -> None:
         """What the engine's scheduler has done."""
+        self._signs.heard(self._clock())
         changes = self._progress.read(batch.events)
         actions = [action for rid, phase in changes for action in self._session.progressed(rid, phase)]
         if actions:

@@ -141,8 +141,9 @@ class Session:
         """Whether nothing more will happen on this link."""
         return self.state is State.LEFT
 
-    def tick(self, now: float) -> list[Action]:
-        """Greet, beat, notice a silent router, leave when drained."""
+    def tick(self, now: float, silent_s: float = 0.0) -> list[Action]:
+        """Greet, beat, notice a silent router, leave when drained. ``silent_s``: of SGLang's scheduler, for the
+        router to know."""
         if self.is_over:
             self.next_tick_at = float("inf")
             return []
@@ -157,7 +158,7 @@ class Session:
         if self.state is State.DRAINING and (not self.in_flight or now >= self._leave_at):
             return self.leave("drained" if not self.in_flight else "drained too slowly")
         self.next_tick_at = now + self._heartbeat_interval_s
-        return [Send(Heartbeat(load=Load(in_flight=len(self.in_flight))))]
+        return [Send(Heartbeat(load=Load(in_flight=len(self.in_flight), silent_s=silent_s)))]
 
     def receive(self, message: ToWorker, payload: Sequence[Buffer], now: float) -> list[Action]:
         """One message from the router."""

@@ -216,11 +216,13 @@ def workers_document(dispatcher: Dispatcher) -> dict[str, Any]:
             "phases": Counter(one.phase or "sent" for one in worker.assigned.values()),
             "outstanding_tokens": worker.outstanding_tokens,
             "dispatched_total": worker.dispatched_total,
+            "silent_s": worker.load.silent_s if worker.load else 0.0,
             "version": worker.hello.version,
             "protocol": worker.protocol,
             "transfer_backend": worker.hello.transfer_backend,
             "bootstrap": f"{worker.hello.bootstrap_host}:{worker.hello.bootstrap_port}",
             "limits": msgspec.to_builtins(worker.hello.limits),
+            "reason": worker.reason,
         }
         for worker in dispatcher.links.registry.workers.values()
     ]

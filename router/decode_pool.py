@@ -122,15 +122,19 @@ class DecodePool:
         check_now = self._check_now[instance.url]
         while True:
             check_now.clear()
+            gone = False
             try:
                 async with asyncio.timeout(self._config.health_check_timeout_secs):
                     changed = self.registry.on_healthy(instance, await self._check(instance))
+            except TimeoutError:  # which is an OSError, too
+                changed = self.registry.on_failure(instance, "its health check timed out")
             except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, NotADecodeInstance) as error:
                 gone = isinstance(error, aiohttp.ClientConnectorError)
                 changed = self.registry.on_failure(instance, _text(error), certain=gone)
-            except TimeoutError:
-                changed = self.registry.on_failure(instance, "its health check timed out")
             self._log_change(instance, changed)
+            if changed and instance.state is WorkerState.DEAD and not gone:
+                # It hangs with its connections open. What it owes is tried elsewhere, or fails, now and not in hours.
+                self._origins[instance.url].close()
             ready = instance.state is WorkerState.READY
             pause_s = self._config.health_check_interval_secs if ready else JOINING_CHECK_INTERVAL_S
             with suppress(TimeoutError):

@@ -66,7 +66,12 @@ class PrefillWorker:
     protocol: int
     """The version of the protocol that was agreed."""
     state: WorkerState = WorkerState.JOINING
+    reason: str = ""
+    """Why it is in its state."""
     load: Load | None = None
+    is_silent: bool = False
+    """Its scheduler process leaves a question unanswered, for longer than the worker itself may be silent. It may be
+    busy with one long operator, or hang, which the worker then finds out and ends."""
     assigned: dict[str, Assignment] = field(default_factory=dict)
     outstanding_tokens: int = 0
     dispatched_total: int = 0
@@ -151,9 +156,11 @@ class PrefillRegistry:
     # ---- what dispatch policies look at --------------------------------------------------------------------------
 
     def ready(self) -> list[PrefillWorker]:
-        """Workers that take requests, in the order they joined. Do not change the list."""
+        """Workers that take requests, in the order they joined, those whose scheduler is silent only where there is no
+        other. Do not change the list."""
         if self._ready is None:
-            self._ready = [worker for worker in self.workers.values() if worker.state is WorkerState.READY]
+            ready = [worker for worker in self.workers.values() if worker.state is WorkerState.READY]
+            self._ready = [worker for worker in ready if not worker.is_silent] or ready
         return self._ready
 
     def holds(self, rid: str) -> bool:
@@ -214,6 +221,7 @@ class PrefillRegistry:
                 return []
             case Heartbeat():
                 worker.load = message.load
+                self._note_silence(worker, message.load.silent_s)
                 return [Send(link, Alive()), *self._reconcile(worker, now)]
             case Draining():
                 if worker.state is WorkerState.READY:
@@ -274,6 +282,11 @@ class PrefillRegistry:
         )
         return [TurnedAway(hello.name, hello.version, reason), Send(link, refused)]
 
+    def _note_silence(self, worker: PrefillWorker, silent_s: float) -> None:
+        is_silent = silent_s > self._dead_after_s
+        if is_silent is not worker.is_silent:
+            worker.is_silent, self._ready = is_silent, None
+
     def _reconcile(self, worker: PrefillWorker, now: float) -> Iterator[Effect]:
         """A worker that holds nothing has lost whatever the router believes it holds: messages can vanish with a
         connection. Requests younger than a heartbeat's way there and back are left alone."""
@@ -300,6 +313,6 @@ class PrefillRegistry:
         ]
 
     def _change(self, worker: PrefillWorker, state: WorkerState, reason: str) -> Changed:
-        worker.state = transition(worker.state, state)
+        worker.state, worker.reason = transition(worker.state, state), reason
         self._ready = None
         return Changed(worker.name, state, reason)

@@ -46,6 +46,8 @@ def run_status(namespace: argparse.Namespace) -> int:
         reason, failure = one["reason"], in_one_line(one["last_failure"])
         if one["retry_in_s"] is not None:
             reason = f"again in {one['retry_in_s']:.0f} s"
+        elif not reason:
+            reason = one.get("doing", "")
         if failure:
             reason = f"{reason}{'; ' if reason else ''}last failure: {failure}"
         print(

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Coroutine
 from pathlib import Path
 
+from flowprefill_sglang.cli.start_display import StartDisplay
 from flowprefill_sglang.cluster.configuration_file import Configured, read_configuration
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.cluster.pool_starting import RunningPool, pool_here, pool_on_ray
 from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.flag_values import count
@@ -124,9 +125,9 @@ def run_up(namespace: argparse.Namespace) -> int:
     if namespace.ray_address is not None and namespace.launcher != "ray":
         raise BadInput("--ray-address needs --launcher ray")
     if namespace.launcher == "ray":
-        cluster = pool_on_ray(spec, namespace.ray_address, print_progress)
+        cluster = pool_on_ray(spec, namespace.ray_address, StartDisplay())
     else:
-        cluster = pool_here(spec, print_progress)
+        cluster = pool_here(spec, StartDisplay())
     if ready_file is None:
         return asyncio.run(_run(cluster, None))
     ready_file.unlink(missing_ok=True)  # of a launcher that was killed
@@ -178,11 +179,6 @@ async def _first_of(work: Coroutine[None, None, None], stop: asyncio.Future[int]
         return
     task.cancel()
     await asyncio.wait([task])
-
-
-def print_progress(event: LaunchEvent) -> None:
-    """One line a step, for a terminal or a log."""
-    print(f"[{event.elapsed_s:6.1f} s] {event.name:<10} {event.state:<11} {event.detail}".rstrip(), flush=True)
 
 
 def print_ready(cluster: RunningPool) -> None:

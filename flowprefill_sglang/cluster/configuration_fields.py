@@ -227,6 +227,14 @@ SECTIONS: Final[Mapping[str, tuple[Field, ...]]] = {
             why="what orchestrators give a process to end by default",
             flag="--shutdown-drain-secs",
         ),
+        Field(
+            name="unresponsive_secs",
+            kind=_seconds(above=0),
+            default=WorkerConfig.unresponsive_s,
+            text="seconds: a scheduler process that answers nothing for so long is hung, and its worker ends",
+            why="it answers at each operator boundary, and no operator should take a minute",
+            flag="--unresponsive-secs",
+        ),
         _sglang_field("the prefill workers", "{chunked-prefill-size: 8192, log-level: warning}"),
     ),
     "decode": (

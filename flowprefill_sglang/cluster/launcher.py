@@ -41,3 +41,5 @@ class LaunchEvent:
     state: str
     elapsed_s: float
     detail: str = ""
+    is_step: bool = True
+    """False: ``detail`` says what it is doing, in the state that it is in."""

@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 import aiohttp
 
 from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
+from flowprefill_sglang.cluster.log_progress import Doings
 from flowprefill_sglang.cluster.members import Host, Order, Sight, arguments_of, in_one_line
 from flowprefill_sglang.cluster.ports import free_ports, local_url
 from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end
@@ -69,6 +70,7 @@ class Pool:
         self._supervisor = Supervisor(Patience(start_s=spec.startup_timeout_s))
         self._sights: dict[str, Sight] = {}
         self._reported: dict[str, tuple[str, str]] = {}
+        self._doings = Doings(host.log, self._tell_doing)
         self._router: ChildProcess | None = None
         self._worker_bind = ""
         self._taken_ports: tuple[int, ...] = ()
@@ -169,6 +171,7 @@ class Pool:
         await self._handle(Tick())
         for member in self._supervisor.members.values():
             self._report(member.name, member.state, self._detail(member))
+        self._doings.look_if_due(self._supervisor.members.values(), self._now())
 
     async def _saw(self, member: Member, sight: Sight, workers: Any) -> None:  # the router's JSON, or None
         name, start = member.name, member.start
@@ -187,7 +190,8 @@ class Pool:
             if state == "ready" and not self.model:
                 self.model = (known or {})["model"]
             # An actor that is slow to answer, on a busy node, is no reason to kill a server that serves.
-            reason = f"the router says: {state}{'' if sight.answered else ', and its actor does not answer'}"
+            why = f" ({known['reason']})" if known and known.get("reason") else ""
+            reason = f"the router says: {state}{why}{'' if sight.answered else ', and its actor does not answer'}"
             await self._handle(Running(name, start, state == "ready", reason))
 
     async def _handle(self, event: Event) -> None:
@@ -266,6 +270,7 @@ class Pool:
                     "retry_in_s": round(max(0.0, member.retry_at - now), 1) if member.state == "backing_off" else None,
                     "reason": member.reason,
                     "last_failure": member.last_failure,
+                    "doing": self._doings.of(member.name),
                     "url": sight.url,
                     "pid": sight.pid,
                     "node": sight.node,
@@ -308,6 +313,7 @@ class Pool:
     async def stop(self, *, keep_logs: bool = False) -> None:
         """End the router, which drains, then all members. ``keep_logs``: leave the temporary folder of a pool that has
         served, or whose error names a log."""
+        self._doings.close()
         if self._router is not None:
             await asyncio.to_thread(end, [self._router], _ROUTER_GRACES_S, lambda: self._in_a_hurry)
         if self._session is not None:
@@ -349,6 +355,11 @@ class Pool:
         if self._reported.get(name) != (state, detail):
             self._reported[name] = (state, detail)
             self._on_progress(LaunchEvent(name, state, self._now() - self._started_at, detail))
+
+    def _tell_doing(self, member: Member, text: str) -> None:
+        now = self._now()
+        detail = f"for {now - member.since:.0f} s: {text or 'its log says nothing yet'}"
+        self._on_progress(LaunchEvent(member.name, member.state, now - self._started_at, detail, is_step=False))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -27,6 +27,11 @@ class SGLangEngine:
 
         self._app = app
         self._tokenizer_manager = get_global_state().tokenizer_manager
+        self._controls = [
+            one
+            for name, one in vars(self._tokenizer_manager).items()
+            if name.endswith("_communicator") and name != "get_internal_state_communicator"
+        ]
 
     async def request(
         self, dispatch: Dispatch, received_at: float, body: Buffer, disconnected: asyncio.Event
@@ -47,6 +52,22 @@ class SGLangEngine:
     def stop(self) -> None:
         """Stop the server the way an operator would."""
         os.kill(os.getpid(), signal.SIGTERM)
+
+    async def sign_of_life(self) -> None:
+        """Return when the scheduler process has answered. It takes this request in whatever it does and however it is
+        paused, at its next operator boundary, and computes nothing for it, unlike for ``/health``."""
+        await self._tokenizer_manager.get_internal_state()
+
+    def is_under_control(self) -> bool:
+        """Whether a control request is under way: new weights, a pause, a profile. Any may take minutes."""
+        manager = self._tokenizer_manager
+        update = manager.model_update_result
+        return (update is not None and not update.done()) or any(one._queueing_lock.locked() for one in self._controls)
+
+    def give_up(self) -> None:
+        """Leave SGLang's processes to whoever ends them by force, without SGLang's being alarmed."""
+        if self._tokenizer_manager._subprocess_watchdog is not None:
+            self._tokenizer_manager._subprocess_watchdog.stop()
 
     async def hello(self, config: WorkerConfig) -> Hello:
         """The facts that the router needs, as SGLang reports them. Raises PeerFault when it does not."""

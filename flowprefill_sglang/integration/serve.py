@@ -22,7 +22,7 @@ from flowprefill_sglang.integration.prefill.worker_events import count_metrics, 
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
-from flowprefill_sglang.prefill_worker.link import Link
+from flowprefill_sglang.prefill_worker.link import Link, SchedulerHangs
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind, publish
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ def serve_prefill(config: WorkerConfig, sglang_arguments: Sequence[str]) -> int:
         app.router.routes.append(timeline_route(config.name, feed))
         try:
             launch_server(server_args, launch_callback=link.server_is_ready)
+        except SystemExit:
+            if link.failure is None:
+                raise
         finally:
             kill_process_tree(os.getpid(), include_parent=False)
     if link.failure is not None:
@@ -153,6 +156,11 @@ class _LinkOnTheServersLoop:
         engine = SGLangEngine(self._app)
         try:
             await Link(self._config, engine, self._feed).run()
+        except SchedulerHangs as error:
+            # SGLang would wait for the requests that it has, and then for the scheduler.
+            self.failure = error
+            engine.give_up()
+            raise SystemExit(1) from error
         except FlowPrefillError as error:
             self.failure = error
         except Exception as error:

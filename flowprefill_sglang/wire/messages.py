@@ -50,11 +50,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     max_running_requests: int
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A worker's own count of what it holds; the router's picture is corrected by it."""
 
     in_flight: int
     """Requests dispatched and not yet answered."""
+    silent_s: float = 0.0
+    """How long its scheduler process has left a question unanswered; 0 while it answers."""
 
 
 # ---- worker -> router ---------------------------------------------------------------------------------------------

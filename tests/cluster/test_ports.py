@@ -28,10 +28,11 @@ def test_free_ports_are_out_of_the_way_of_outgoing_connections(monkeypatch: pyte
     assert all(10_000 <= port < 30_000 for port in free_ports(50))
 
 
-def test_a_listening_port_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
+def test_a_listening_port_is_not_free_on_whatever_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     (port,) = free_ports(1)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
+        taken.bind((address, port))
         taken.listen()
         monkeypatch.setattr(ports, "_CANDIDATES", range(port, port + 1))
         with pytest.raises(StartupError, match="1 free ports are needed"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flowprefill_testing.leftovers import holdings_of
 from flowprefill_testing.ray_pools import FLAGS, RayPool, ray_nodes
 
 pytest.importorskip("ray")
@@ -29,12 +32,15 @@ def nodes() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pool(nodes: Any, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
-    running = RayPool(nodes.address, model_path, tmp_path_factory.mktemp("ray-pool"))
+    # A hang is noticed in seconds here, on a machine where an operator takes milliseconds.
+    sooner = ["--prefill-args", "--unresponsive-secs 10"]
+    sooner += ["--router-args", "--health-check-interval-secs 1 --health-check-timeout-secs 5"]
+    running = RayPool(nodes.address, model_path, tmp_path_factory.mktemp("ray-pool"), *sooner)
     try:
         running.wait_ready()
         yield running
     finally:
-        running.end()
+        running.clear_away()
 
 
 def flowprefill(*arguments: str) -> tuple[int, str]:
@@ -62,11 +68,22 @@ def test_serves_and_shows_itself(pool: RayPool) -> None:
     assert pool.status()["desired"] == {"prefill": 1, "decode": 1}
 
 
+def scheduler_of(member: dict[str, Any]) -> psutil.Process:
+    """The process of SGLang's that computes."""
+    children = psutil.Process(member["pid"]).children(recursive=True)
+    return next(child for child in children if child.name().startswith("sglang::sched"))
+
+
 def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool: RayPool) -> None:
     ready = str(pool.ready_file)
     with pool.load() as statuses:
         assert flowprefill("scale", "--prefill", "3", "--ready-file", ready)[0] == 0
+        pool.wait(lambda: any(one["doing"] for one in pool.status()["members"]), RECOVERY_S)
         pool.wait(lambda: list(pool.states().values()) == ["ready"] * 4, RECOVERY_S)
+        scheduler_of(pool.member("prefill-1")).suspend()  # its HTTP process beats on
+        pool.wait(lambda: pool.member("prefill-1")["state"] != "ready", 60)
+        assert "its scheduler process has not answered for 1" in pool.member("prefill-1")["last_failure"]
+        assert "its scheduler process has not answered" in flowprefill("status", "--ready-file", ready)[1]
         os.kill(pool.member("prefill-2")["pid"], signal.SIGKILL)
         pool.wait(lambda: pool.member("prefill-2")["state"] != "ready", 20)
         assert flowprefill("scale", "--prefill", "1", "--ready-file", ready)[0] == 0
@@ -83,6 +100,26 @@ def test_a_killed_process_is_replaced(pool: RayPool) -> None:
     assert after["pid"] != before["pid"]
     assert "was killed by SIGKILL" in after["last_failure"]
     assert pool.ask(2) == 200
+
+
+def test_a_worker_that_is_stopped_as_a_whole_is_replaced(pool: RayPool) -> None:
+    before = pool.member("prefill-0")
+    group = [psutil.Process(before["pid"]), *psutil.Process(before["pid"]).children(recursive=True)]
+    for process in group:
+        process.suspend()
+    pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
+    failure = pool.member("prefill-0")["last_failure"]
+    assert "failed its health checks for 10 s: the router says: dead (no message for" in failure
+    assert psutil.wait_procs(group, timeout=10)[1] == []
+    assert pool.ask(5) == 200
+
+
+def test_a_decode_instance_whose_scheduler_hangs_is_replaced(pool: RayPool) -> None:
+    before = pool.member("decode-0")
+    scheduler_of(before).suspend()
+    pool.wait(lambda: pool.restarted("decode-0", before["restarts"]), RECOVERY_S)
+    assert "the router says: dead (its health check timed out)" in pool.member("decode-0")["last_failure"]
+    assert pool.ask(6) == 200
 
 
 def test_a_killed_actor_is_replaced(pool: RayPool) -> None:
@@ -104,14 +141,38 @@ def test_the_members_of_a_lost_node_are_placed_elsewhere(pool: RayPool, nodes: A
 
 
 def test_ends_and_leaves_nothing(pool: RayPool) -> None:
-    processes = [psutil.Process(member["pid"]) for member in pool.status()["members"]]
-    processes += [child for process in processes for child in process.children(recursive=True)]
-    folders = {Path(process.environ()["TMPDIR"]) for process in processes}
+    members = [member["pid"] for member in pool.status()["members"]]
+    held = holdings_of([pool.process.pid, *members], pool.temporary)
+    assert len(held.processes) >= 8, "up, router, and three of each member"
+    assert len(held.listening) >= 6, "control, router, workers' port, two members, KV bootstrap"
+    assert held.unix_sockets
+    assert held.shared_memory
     assert pool.end() == 0
-    psutil.wait_procs(processes, timeout=20)
-    assert [process for process in processes if process.is_running()] == []
-    assert [folder for folder in folders if folder.exists()] == []
+    psutil.wait_procs(held.processes, timeout=20)
+    assert held.left() == []
+    assert list(pool.temporary.iterdir()) == []
     assert not pool.ready_file.exists()
+
+
+def test_a_ray_of_its_own_ends_with_it_and_leaves_nothing(model_path: Path, tmp_path: Path) -> None:
+    ray_before = set(Path("/tmp").glob("ray*"))
+    pool = RayPool(None, model_path, tmp_path)
+    try:
+        pool.wait_ready()
+        members = [psutil.Process(member["pid"]).ppid() for member in pool.status()["members"]]
+        held = holdings_of([pool.process.pid, *members], pool.temporary)
+        assert any("raylet" in process.name() for process in held.processes)
+        assert [line for line in pool.log.read_text().splitlines() if " loading     for " in line], (
+            "it said what it did"
+        )
+        assert pool.end() == 0
+        psutil.wait_procs(held.processes, timeout=20)
+        assert held.left() == []
+        compiled = f"torchinductor_{os.getuid()}"  # which the next start should find
+        assert [path.name for path in pool.temporary.iterdir() if path.name != compiled] == []
+        assert set(Path("/tmp").glob("ray*")) <= ray_before
+    finally:
+        pool.clear_away()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +192,39 @@ def test_bad_input_is_one_clear_line(nodes: Any, model_path: Path, flags: list[s
     ended, said = flowprefill(*common, *given)
     assert ended == status, said
     assert words in said.splitlines()[-1], said
+
+
+def test_a_port_that_is_taken_is_one_clear_line_and_nothing_is_left(
+    nodes: Any, model_path: Path, tmp_path: Path
+) -> None:
+    def members() -> set[int]:
+        return {one.pid for one in psutil.process_iter() if str(model_path) in " ".join(_command_of(one))}
+
+    before = members()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        common = ["up", "--launcher", "ray", "--ray-address", nodes.address, "--model-path", str(model_path), *FLAGS]
+        common += ["--log-dir", str(tmp_path / "logs"), "--ready-file", str(tmp_path / "ready.json")]
+        status, said = flowprefill(*common, "--port", port)
+        assert status == 1, said
+        assert said.splitlines()[-1].startswith("flowprefill up: ")
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in said
+        assert not (tmp_path / "logs").exists(), "it was known before anything was started"
+        # Found by the router alone, when members are starting already.
+        status, said = flowprefill(*common, "--port", "0", "--router-args", f"--prometheus-port {port}")
+        assert status == 1, said
+        assert f"cannot serve on 127.0.0.1:{port}: Address already in use" in said.splitlines()[-1]
+        assert "Traceback" not in said
+    assert members() <= before
+    assert not (tmp_path / "ready.json").exists()
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def test_control_commands_say_what_is_wrong(tmp_path: Path) -> None:

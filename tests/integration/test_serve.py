@@ -11,6 +11,7 @@ from flowprefill_sglang.errors import InternalError, PeerFault
 from flowprefill_sglang.integration import engine, serve
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
+from flowprefill_sglang.prefill_worker.link import SchedulerHangs
 
 CONFIG = WorkerConfig(router="tcp://127.0.0.1:1", name="w")
 
@@ -65,6 +66,30 @@ def test_a_worker_without_a_link_stops(
     link = asyncio.run(scenario())
     assert isinstance(link.failure, kind)
     assert Fresh.last.stopped, "nobody would send it anything"
+
+
+def test_a_worker_whose_scheduler_hangs_does_not_wait_for_sglang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Hung(StandInEngine):
+        error = SchedulerHangs("its scheduler process has not answered")
+        given_up = False
+
+        def give_up(self) -> None:
+            self.given_up = True
+
+    monkeypatch.setattr(engine, "SGLangEngine", Hung)
+    link = serve._LinkOnTheServersLoop(CONFIG, object(), EventFeed(f"ipc://{tmp_path}/events"))
+
+    async def scenario() -> None:
+        async with link.around(lifespan)(object()):
+            await asyncio.to_thread(link.server_is_ready)
+            await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit):
+        asyncio.run(scenario())
+    assert isinstance(link.failure, SchedulerHangs)
+    assert (Hung.last.given_up, Hung.last.stopped) == (True, False)
 
 
 def test_a_server_that_ends_before_it_is_ready_ends_the_link_and_the_feed(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ def parse(*words: str) -> WorkerConfig:
 
 def test_flags() -> None:
     words = ("--router", "tcp://[fd00::1]:30100", "--name", "w7", "--shutdown-drain-secs", "0.5")
-    assert parse(*words) == WorkerConfig(router="tcp://[fd00::1]:30100", name="w7", leave_after_s=0.5)
+    words += ("--unresponsive-secs", "7")
+    assert parse(*words) == WorkerConfig(
+        router="tcp://[fd00::1]:30100", name="w7", leave_after_s=0.5, unresponsive_s=7.0
+    )
 
 
 def test_how_long_a_prefill_may_block() -> None:

@@ -23,7 +23,7 @@ from flowprefill_sglang.observe.events import (
 )
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
-from flowprefill_sglang.prefill_worker.link import Link, names
+from flowprefill_sglang.prefill_worker.link import Link, SchedulerHangs, names
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
 from flowprefill_sglang.wire.framing import decode_from_worker, encode
 from flowprefill_sglang.wire.messages import (
@@ -56,6 +56,9 @@ class PlainEngine:
         self.cancelled = 0
         self.stopping = False
         self.received_at: dict[str, float] = {}
+        self.questions = 0
+        self.hangs = False
+        self.controlled = False
 
     async def request(self, dispatch, received_at, body, disconnected):
         self.received_at[dispatch.rid] = received_at
@@ -77,6 +80,14 @@ class PlainEngine:
 
     def is_stopping(self):
         return self.stopping
+
+    async def sign_of_life(self):
+        self.questions += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+
+    def is_under_control(self):
+        return self.controlled
 
     async def hello(self, config):
         limits = Limits(max_context_tokens=1, max_kv_tokens=1, page_tokens=1, max_running_requests=1)
@@ -171,6 +182,48 @@ def test_a_requests_age_is_counted_back_from_its_receipt() -> None:
             await router.send(Dispatch(rid="b", path="/generate", age_s=-5.0), b"hi")
             await router.receive(Answer)
             assert engine.received_at == {"a": 999.75, "b": 1000.0}, "nobody can have received it in the future"
+
+    asyncio.run(scenario())
+
+
+class FastClock:
+    """Seconds that pass a hundred times as fast."""
+
+    def __init__(self) -> None:
+        self._began_at = time.monotonic()
+
+    def __call__(self) -> float:
+        return self._began_at + 100.0 * (time.monotonic() - self._began_at)
+
+
+def test_a_scheduler_that_hangs_ends_the_worker_and_the_router_is_told() -> None:
+    async def scenario() -> None:
+        async with linked(clock=FastClock()) as (router, engine, task):
+            engine.hangs = True
+            await router.send(Dispatch(rid="a", path="/generate"), b"hold")
+            await router.receive(Heartbeat, lambda beat: beat.load.silent_s > 3.0)
+            goodbye, _ = await router.receive(Goodbye)
+            assert "its scheduler process has not answered for 6" in goodbye.reason
+            with pytest.raises(SchedulerHangs, match="--unresponsive-secs"):
+                await task
+            assert engine.questions == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_scheduler_that_answers_or_has_a_control_request_is_no_hang() -> None:
+    async def scenario() -> None:
+        clock = FastClock()
+        async with linked(clock=clock) as (router, engine, task):
+            await router.send(Dispatch(rid="a", path="/generate"), b"hold")
+            while engine.questions < 3:
+                await router.receive(Heartbeat)
+            engine.hangs = engine.controlled = True
+            until = clock() + 150.0
+            while clock() < until:
+                beat, _ = await router.receive(Heartbeat)
+                assert beat.load.silent_s == 0.0
+            assert not task.done()
 
     asyncio.run(scenario())
 

@@ -71,6 +71,11 @@ def test_greets_until_welcomed_then_beats() -> None:
     assert beat.load.in_flight == 0
 
 
+def test_the_router_hears_of_a_silent_scheduler() -> None:
+    (beat,) = sent(joined_session().tick(1.1, 7.5))
+    assert beat.load.silent_s == 7.5
+
+
 def test_a_request_is_queued_answered_and_forgotten() -> None:
     session = joined_session()
     dispatch = Dispatch(rid="a", path="/generate")

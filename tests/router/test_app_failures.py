@@ -12,6 +12,7 @@ from aiohttp import web
 from flowprefill_testing.behaviours import begin_stream, say, silent
 from flowprefill_testing.stand_ins import (
     bench,
+    echo,
     good_prefill_answer,
     in_loop,
     never,
@@ -118,6 +119,30 @@ async def test_a_dead_decode_before_the_first_token_is_retried_elsewhere() -> No
         status, document = await asked
         assert (status, document["text"]) == (200, "fine")
         assert one.router.dispatcher.retries == 1
+
+
+@in_loop
+async def test_a_decode_that_hangs_with_its_connections_open_is_retried_elsewhere() -> None:
+    hanging = asyncio.Event()
+
+    async def hang_or_echo(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if not hanging.is_set():
+            hanging.set()
+            return await never(request, body)
+        return await echo(request, body)
+
+    async with bench(decodes=2, decode=hang_or_echo, health_check_timeout_secs=0.2, health_failure_threshold=2) as one:
+        asking = asyncio.create_task(one.generate())
+        await hanging.wait()
+        (hung,) = (instance for instance in one.decodes if instance.bodies)
+        hung.hangs = True
+        status, _ = await asking
+        assert status == 200
+        assert [len(instance.bodies) for instance in one.decodes if instance is not hung] == [1]
+        async with one.client.get(f"{one.url}/workers") as answer:
+            reasons = {worker["url"]: worker["reason"] for worker in (await answer.json())["workers"]}
+        assert reasons[hung.url] == "its health check timed out"
+        await until(lambda: hung.cut)
 
 
 @in_loop

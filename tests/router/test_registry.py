@@ -88,6 +88,25 @@ def test_suspensions_are_counted_by_the_class_of_the_suspended_request() -> None
     assert one.preemptions == {"file": 2}
 
 
+def beat(silent_s: float) -> Heartbeat:
+    return Heartbeat(load=Load(in_flight=0, silent_s=silent_s))
+
+
+def test_a_worker_whose_scheduler_is_silent_gets_nothing_new_while_there_is_another() -> None:
+    one = joined("a", "b")
+    one.on_message(b"a", beat(3.0), 1.0)
+    assert [worker.name for worker in one.ready()] == ["a", "b"], "as silent as a worker may be"
+    one.on_message(b"a", beat(3.1), 2.0)
+    assert [worker.name for worker in one.ready()] == ["b"]
+    assert one.workers["a"].state is WorkerState.READY, "it may be one long operator"
+    one.on_message(b"b", beat(9.0), 3.0)
+    assert [worker.name for worker in one.ready()] == ["a", "b"], "better than nobody"
+    one.on_message(b"b", beat(0.0), 4.0)
+    assert [worker.name for worker in one.ready()] == ["b"]
+    one.on_message(b"a", beat(0.0), 5.0)
+    assert [worker.name for worker in one.ready()] == ["a", "b"]
+
+
 def speaking(oldest: int, newest: int) -> PrefillRegistry:
     return PrefillRegistry(router="r", heartbeat_interval_s=1.0, dead_after_s=3.0, spoken=Versions(oldest, newest))
 

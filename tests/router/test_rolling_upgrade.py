@@ -59,6 +59,12 @@ class PlainEngine:
     def is_stopping(self):
         return False
 
+    async def sign_of_life(self):
+        """It always answers."""
+
+    def is_under_control(self):
+        return False
+
     async def hello(self, config):
         return hello(config.name, incarnation=config.name, **self.says)
 

@@ -97,6 +97,10 @@ def test_unknown_fields_of_a_later_version_are_ignored() -> None:
             Answer(rid="r1", status=200),
         ),
         (b"\x82\xa4type\xa9heartbeat\xa4load\x81\xa9in_flight\x03", Heartbeat(load=Load(in_flight=3))),
+        (
+            b"\x82\xa4type\xa9heartbeat\xa4load\x82\xa9in_flight\x03\xa8silent_s\xcb@\x14\x00\x00\x00\x00\x00\x00",
+            Heartbeat(load=Load(in_flight=3, silent_s=5.0)),
+        ),
         (b"\x82\xa4type\xa8draining\xa6reason\xa1d", Draining(reason="d")),
         (b"\x82\xa4type\xa7goodbye\xa6reason\xa1g", Goodbye(reason="g")),
         (b"\x81\xa4type\xabhello_again", HelloAgain()),

@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -44,6 +46,8 @@ class UpPool:
 
     def __init__(self, model_path: Path, folder: Path, *more: str, **environment: str) -> None:
         self.ready_file, self.log = folder / "ready.json", folder / "up.log"
+        self.temporary = Path(tempfile.mkdtemp(prefix="up-", dir="/tmp"))  # a short path: it holds sockets
+        """For the temporary files of ``up``, of its members, and of a Ray of its own. ``clear_away`` removes it."""
         flags = ["--model-path", str(model_path), "--port", "0", "--ready-file", str(self.ready_file)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -51,7 +55,7 @@ class UpPool:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **environment},
+                env={**os.environ, "TMPDIR": str(self.temporary), **environment},
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
@@ -122,6 +126,11 @@ class UpPool:
             for one in clients:
                 one.join()
 
+    def clear_away(self) -> None:
+        """End it, and remove its temporary files."""
+        self.end()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
     def end(self) -> int:
         """Ctrl-C; its exit status."""
         if self.process.poll() is None:
@@ -134,7 +143,9 @@ class UpPool:
 
 
 class RayPool(UpPool):
-    """On the Ray cluster at an address."""
+    """On Ray."""
 
-    def __init__(self, address: str, model_path: Path, folder: Path, *more: str) -> None:
-        super().__init__(model_path, folder, "--launcher", "ray", "--ray-address", address, *more)
+    def __init__(self, address: str | None, model_path: Path, folder: Path, *more: str) -> None:
+        """``address``: of a Ray cluster; None has ``up`` start one of its own."""
+        where = [] if address is None else ["--ray-address", address]
+        super().__init__(model_path, folder, "--launcher", "ray", *where, *more)

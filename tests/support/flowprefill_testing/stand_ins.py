@@ -192,6 +192,8 @@ class DecodeStandIn:
         self.cut: list[Any] = []
         """The rids of requests whose connection was closed before they were answered."""
         self.asked: list[str] = []
+        self.hangs = False
+        """Whether its scheduler does, so that its health checks are not answered."""
         self.url = ""
         self._model = model
         self._mode = mode
@@ -222,7 +224,7 @@ class DecodeStandIn:
         self.asked.append(request.path)
         match request.path:
             case "/health" | "/health_generate":
-                return web.Response()
+                return await never(request, {}) if self.hangs else web.Response()
             case "/model_info":
                 return web.json_response({"model_path": "/echo", "disaggregation_mode": self._mode})
             case "/server_info":
