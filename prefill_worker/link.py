@@ -164,10 +164,14 @@ class Link:
                 await self._receive_all(clock)
             if self._engine.is_stopping():
                 await self._do(session.drain("the worker was told to stop", clock()))
-            if clock() >= session.next_tick_at:
-                self._repeat_aborts()
-                await self._look_for_signs_of_life()
-                await self._do(session.tick(clock(), self._signs.silent_s))
+            await self._tick_if_due(clock)
+
+    async def _tick_if_due(self, clock: Callable[[], float]) -> None:
+        if clock() < self._session.next_tick_at:
+            return
+        self._repeat_aborts()
+        await self._look_for_signs_of_life()
+        await self._do(self._session.tick(clock(), self._signs.silent_s))
 
     async def _look_for_signs_of_life(self) -> None:
         signs = self._signs
@@ -191,7 +195,11 @@ class Link:
         return bool(await self._socket.poll(timeout=int(wait_s * 1000) + 1))
 
     async def _receive_all(self, clock: Callable[[], float]) -> None:
-        """Everything that is there: the socket is level-triggered and a burst should cost one wake-up."""
+        """Everything that is there: the socket is level-triggered and a burst should cost one wake-up.
+
+        The engine tokenizes on this event loop, which for a burst of prompts can take longer than the router's patience
+        with a silent worker. So requests go in one by one, each with a turn of the loop, and heartbeats in between.
+        """
         while not self._session.is_over and self._socket is not None:
             try:
                 frames = await self._socket.recv_multipart(zmq.NOBLOCK)
@@ -203,6 +211,9 @@ class Link:
                 logger.warning("dropped a message from the router: %s", error)
                 continue
             await self._do(self._session.receive(message, payload, clock()))
+            if isinstance(message, Dispatch):
+                await asyncio.sleep(0)
+                await self._tick_if_due(clock)
 
     async def _do(self, actions: list[Action]) -> None:
         for action in actions:
