@@ -32,7 +32,7 @@ def free_ports(count: int, besides: Collection[int] = ()) -> list[int]:
             break
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind(("", port))  # on every address: members and routers listen on others than this one
             except OSError:
                 continue
         found.append(port)
