@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -217,16 +219,30 @@ def test_the_end_interrupts_all_and_leaves_the_logs_alone(make_host: MakeHost, m
         assert not exists(said(log, "folder")[0])
 
 
-def test_an_end_in_a_hurry_interrupts_once(make_host: MakeHost, model: str, tmp_path: Path) -> None:
+@pytest.fixture
+def long_first_grace(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds."""
+    for name in ("local_pool", "ray_pool"):
+        if module := sys.modules.get(f"flowprefill_sglang.cluster.{name}"):
+            monkeypatch.setattr(module, "_END_GRACES_S", (60.0, 1.0))
+    return 60.0
+
+
+def test_an_end_in_a_hurry_does_without_the_first_grace(
+    make_host: MakeHost, model: str, long_first_grace: float
+) -> None:
     sights: list[Sight] = []
+    told_at = 0.0
 
     async def scenario(host: Host) -> None:
-        sights.extend(await running(host, order("decode-0", model, "--stubborn", log_dir=tmp_path)))
+        nonlocal told_at
+        sights.extend(await running(host, order("decode-0", model, "--stubborn")))
         host.hurry()
+        told_at = time.monotonic()
 
     with_host(make_host, scenario)
+    assert time.monotonic() - told_at < long_first_grace
     assert processes_of(sights[0].pid) == []
-    assert said((tmp_path / "decode-0.log").read_text(), "told") == ["SIGINT"]
 
 
 def test_what_there_is_no_room_for_is_known_before(make_host: MakeHost) -> None:

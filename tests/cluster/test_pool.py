@@ -6,56 +6,20 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import aiohttp
 import pytest
 
-from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
-from flowprefill_sglang.cluster.local_pool import ADDRESS, LocalHost
-from flowprefill_sglang.cluster.members import Order
+from flowprefill_sglang.cluster import local_pool
+from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.cluster.pool import Pool
 from flowprefill_sglang.cluster.process_group import processes_of
 from flowprefill_sglang.errors import BadInput, PeerFault, StartupError
-from flowprefill_testing.stand_in_member import PROGRAM, said
+from flowprefill_testing.stand_in_member import said
+from flowprefill_testing.stand_in_pools import WAIT_S, Seen, load, run, watched
 
-WAIT_S = 60.0
 IN_THEIR_PLACES = ["router", "prefill-0", "decode-0"]
-
-
-class StandIns(LocalHost):
-    """Starts stand-ins, some with flags of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flags: dict[str, tuple[str, ...]] = {}
-
-    def start(self, order: Order) -> None:
-        arguments = (*order.arguments, *self.flags.get(order.name, ()))
-        super().start(replace(order, program=PROGRAM, arguments=arguments))
-
-
-class Seen:
-    """A pool, what runs its members, and what it has reported."""
-
-    def __init__(self, spec: ClusterSpec, *, replaces: bool) -> None:
-        self.host = StandIns()
-        self.events: list[LaunchEvent] = []
-        self.pool = Pool(spec, self.host, ADDRESS, self.events.append, replaces=replaces)
-
-    def member(self, name: str) -> dict[str, object]:
-        return next((one for one in self.pool.status()["members"] if one["name"] == name), {"state": "gone"})
-
-    def states(self) -> dict[str, object]:
-        return {one["name"]: one["state"] for one in self.pool.status()["members"]}
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():  # noqa: ASYNC110 - the pool looks a few times a second too
-                await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -73,46 +37,6 @@ def spec(tmp_path: Path) -> ClusterSpec:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     return ClusterSpec(model_path=tmp_path / "model", startup_timeout_s=WAIT_S)
-
-
-@asynccontextmanager
-async def watched(seen: Seen) -> AsyncIterator[None]:
-    async with seen.pool:
-        watching = asyncio.create_task(seen.pool.watch())
-        try:
-            yield
-        finally:
-            watching.cancel()
-            await asyncio.wait([watching])
-
-
-@asynccontextmanager
-async def load(url: str) -> AsyncIterator[list[int]]:
-    """Four clients that ask on meanwhile; the statuses of all answers, complete at the end."""
-    statuses: list[int] = []
-    done = asyncio.Event()
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        while not done.is_set():
-            async with session.post(f"{url}/generate", json={"text": "abc"}) as answer:
-                await answer.read()
-                statuses.append(answer.status)
-
-    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as clients:
-        for _ in range(4):
-            clients.create_task(client(session))
-        try:
-            yield statuses
-        finally:
-            done.set()
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(3 * WAIT_S):
-            await scenario
-
-    asyncio.run(limited())
 
 
 def test_serves_and_shows_itself_and_leaves_nothing(spec: ClusterSpec, temporary: Path) -> None:
@@ -292,17 +216,24 @@ def test_told_to_end_while_starting(spec: ClusterSpec, temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_hurrying_ends_what_does_not_want_to(spec: ClusterSpec, temporary: Path) -> None:
+def test_hurrying_does_without_the_first_grace(
+    spec: ClusterSpec, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_pool, "_END_GRACES_S", (60.0, 1.0))
+    groups: list[int] = []
+
     async def scenario() -> None:
         seen = Seen(replace(spec, log_dir=temporary / "logs"), replaces=True)
         seen.host.flags["decode-0"] = ("--stubborn",)
         await seen.pool.start()
-        group = seen.pool.pid("decode-0")
+        groups.append(seen.pool.pid("decode-0"))
+        ending = asyncio.create_task(seen.pool.stop())
+        log = temporary / "logs" / "decode-0.log"
+        await seen.until(lambda: said(log.read_text(), "told"))
         seen.pool.hurry()
-        await seen.pool.stop()
-        assert processes_of(group) == []
+        async with asyncio.timeout(50):
+            await ending
 
     run(scenario())
-    told = said((temporary / "logs" / "decode-0.log").read_text(), "told")
-    assert told == ["SIGINT"], "the first grace was left out"
+    assert processes_of(groups[0]) == []
     assert [path.name for path in temporary.iterdir()] == ["logs"]
