@@ -77,23 +77,27 @@ class GoodputSearch:
 
     guess_rps: float
     target: float = TARGET
+    least_rps: float = 0.0
+    """No rate below it is tried: where it fails at this one, the estimate is that bound."""
     probes: list[Probe] = field(default_factory=list)
 
     def is_done(self, probes: int) -> bool:
-        """Whether so many probes, or more while they all lie on one side, are made."""
+        """Whether so many probes, or more while they all lie on one side, are made, or the least rate has failed."""
         made = len(self.probes)
+        if any(p.rate_rps <= self.least_rps and p.attainment < self.target for p in self.probes):
+            return True
         return made >= probes and (made >= probes + EXTRA_PROBES or estimate(self.probes, self.target).is_bracketed)
 
     def next_rate(self) -> float:
         """The rate to offer next, in requests per second."""
         if not self.probes:
-            return self.guess_rps
+            return max(self.guess_rps, self.least_rps)
         found = estimate(self.probes, self.target)
         if not found.is_bracketed:
             edge = min(self.probes, key=lambda p: p.rate_rps)
             if found.passed_rps:
                 edge = max(self.probes, key=lambda p: p.rate_rps)
-            return edge.rate_rps * math.exp(self._step(edge.attainment))
+            return max(self.least_rps, edge.rate_rps * math.exp(self._step(edge.attainment)))
         return self._between(found.rate_rps, found.passed_rps)
 
     def _step(self, attainment: float) -> float:

@@ -38,6 +38,8 @@ ENDPOINT = ENDPOINTS["generate"]
 ISOLATED_REPEATS = 5
 FIRST_LOAD = 0.6
 """Where every configuration's first search starts, as a share of what the machine can compute."""
+LEAST_LOAD = 0.05
+"""The least rate that is tried, as such a share: a lower one takes many minutes, and is nobody's choice."""
 EXPECTED_LOAD = 0.35
 """What is assumed of the rates that are tried, for the time that the measurement takes."""
 LEAST_REQUESTS = 30
@@ -167,7 +169,9 @@ class Suite:
         for contender in self.contenders:
             earlier = list(self.found[contender.name].values())
             guess_rps = earlier[-1].rate_rps if earlier else self.capacity_rps * FIRST_LOAD
-            searches[contender.name] = GoodputSearch(guess_rps=guess_rps, target=self.settings.target)
+            searches[contender.name] = GoodputSearch(
+                guess_rps=guess_rps, target=self.settings.target, least_rps=self.capacity_rps * LEAST_LOAD
+            )
         number = 0
         while any(not search.is_done(self.settings.probes) for search in searches.values()):
             for contender in self.contenders:

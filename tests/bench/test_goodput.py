@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowprefill_sglang.bench.goodput import EXTRA_PROBES, GoodputSearch, Probe, estimate
+from flowprefill_sglang.bench.goodput import EXTRA_PROBES, Estimate, GoodputSearch, Probe, estimate
 
 
 def probe(rate_rps: float, attained: int, requests: int = 100) -> Probe:
@@ -91,3 +91,21 @@ def test_a_server_that_passes_at_every_rate_ends_the_search() -> None:
         search.probes.append(probe(search.next_rate(), 100))
     assert len(search.probes) == 2 + EXTRA_PROBES
     assert not estimate(search.probes).is_bracketed
+
+
+def test_a_server_that_fails_at_the_least_rate_ends_the_search_there() -> None:
+    search = GoodputSearch(guess_rps=8.0, least_rps=1.0)
+    while not search.is_done(3):
+        search.probes.append(Probe(rate_rps=search.next_rate(), attained=20, requests=100))
+    rates = [probe.rate_rps for probe in search.probes]
+    assert min(rates) == rates[-1] == 1.0
+    assert rates.count(1.0) == 1
+    assert estimate(search.probes) == Estimate(rate_rps=1.0, passed_rps=0.0, is_bracketed=False)
+
+
+def test_a_search_at_the_least_rate_goes_up_where_that_passes() -> None:
+    search = GoodputSearch(guess_rps=0.5, least_rps=1.0)
+    search.probes.append(Probe(rate_rps=search.next_rate(), attained=100, requests=100))
+    assert search.probes[0].rate_rps == 1.0
+    assert not search.is_done(1)
+    assert search.next_rate() > 1.0
