@@ -88,14 +88,15 @@ def _add_scheduler_arguments(group: argparse._ArgumentGroup) -> None:
         type=positive_seconds,
         default=defaults.max_wait_s,
         metavar="S",
-        help="a request that has waited this long, or past a longer objective, runs next (default: %(default)s)",
+        help="a request that has waited this long, or past a longer objective, has a share of the device "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max-suspend-secs",
         type=positive_seconds,
         default=defaults.max_suspend_s,
         metavar="S",
-        help="a task suspended this long goes on next (default: %(default)s)",
+        help="the same for a task suspended this long (default: %(default)s)",
     )
     group.add_argument(
         "--batch-tokens",

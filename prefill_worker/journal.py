@@ -64,6 +64,7 @@ class Journal:
                 cached_tokens=task.cached_tokens,
                 predicted_s=task.predicted_s,
                 deadline_at=task.candidate.deadline_at,
+                rest_s=task.rest_s,
             )
         )
 

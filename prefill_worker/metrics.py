@@ -63,6 +63,11 @@ class SchedulerMetrics:
         self._queue_wait = histogram(
             "prefill_queue_wait_seconds", "From being ready on the worker to the start of the prefill", _LONG_S, "class"
         )
+        self._predicted_ttft = histogram(
+            "request_predicted_ttft_seconds",
+            "From receipt at the router to the end of the prefill, as predicted when it began",
+            _LONG_S,
+        )
         self._preemptions = counter(
             "preemption_total", "Running tasks suspended in favour of another", "victim_class", "by_class"
         )
@@ -118,6 +123,9 @@ class SchedulerMetrics:
             arrived = self._waiting.pop(rid, None)  # None: another chunk of a prompt that has started before
             if arrived is not None:
                 self._of(self._queue_wait, self._class(arrived.slo_class)).observe(event.at - arrived.at)
+                if event.predicted_s > 0:  # SGLang's own scheduler predicts nothing
+                    left_s = event.predicted_s + event.rest_s
+                    self._predicted_ttft.observe(event.at - arrived.received_at + left_s)
 
     def _preempted(self, event: TaskPreempted) -> None:
         self._of(self._preemptions, self._class(event.victim_class), self._class(event.by_class)).inc()

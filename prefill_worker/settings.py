@@ -91,7 +91,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             "max_wait_s and max_suspend_s must be positive": not (self.max_wait_s > 0 and self.max_suspend_s > 0),
             "default_objective_s must be positive": not self.default_objective_s > 0,
             "batch_tokens must be at least 1": self.batch_tokens < 1,
-            "slack_fraction must be between 0 and 1": not 0 <= self.slack_fraction <= 1,
+            "slack_fraction must be at least 0 and below 1": not 0 <= self.slack_fraction < 1,
             "max_blocking_ms must not be negative": self.max_blocking_ms is not None and not self.max_blocking_ms >= 0,
             "max_tasks must be at least 1": self.max_tasks < 1,
             "activation_fraction must be above 0 and at most 1": not 0 < self.activation_fraction <= 1,

@@ -1,19 +1,26 @@
 """The ``flowprefill`` command: one subcommand a role.
 
-Exit status 0 only when what was asked for was done, 1 when it failed, 2 for wrong use. Only the module of the chosen
-subcommand is imported, and only when it runs: SGLang's spawned children import this module again.
+Exit status 0 only when what was asked for was done, 1 when it failed, 2 for wrong use, 141 when nobody reads the output
+any more. Only the module of the chosen subcommand is imported, and only when it runs: SGLang's spawned children import
+this module again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TextIO
 
 from flowprefill_sglang.cluster.process import die_with_parent
 from flowprefill_sglang.errors import BadInput, FlowPrefillError
+
+OUTPUT_CLOSED = 141
+"""What a shell reports of a command that SIGPIPE ended, which Python ignores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +62,44 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the process's exit status."""
+    """Run the command line; returns the process's exit status.
+
+    Ends without a word, as Unix tools do, when what reads its output has ended (``flowprefill version | head -1``).
+    """
     die_with_parent()
+    try:
+        try:
+            status = _run(arguments)
+        except SystemExit:  # argparse's, after it has printed its help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here and not when the interpreter ends, which would say so with a traceback
+    except BrokenPipeError:
+        if not _silenced():
+            raise  # of a socket
+        return OUTPUT_CLOSED
+    return status
+
+
+def _silenced() -> bool:
+    """Whether nobody reads standard output or error any more; what is left in them then goes nowhere, instead of
+    raising once more when the interpreter ends."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    for stream in unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(unread)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody has open for reading."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = _with_whole_name(sys.argv[1:] if arguments is None else arguments)
     chosen = words[0] if words and words[0] in COMMANDS else None
     parser, subparser = _parser(chosen)

@@ -38,8 +38,9 @@ class OfflineEngine:
         self.model_runner = self.scheduler.tp_worker.model_runner
         self._requests = 0
 
-    def request(self, tokens: Sequence[int], **sampling: Any) -> Req:
-        """A prompt of token ids, for one greedy token unless ``sampling`` (SGLang's parameters) says otherwise."""
+    def request(self, tokens: Sequence[int], lora_id: str | None = None, **sampling: Any) -> Req:
+        """A prompt of token ids, for one greedy token unless ``sampling`` (SGLang's parameters) says otherwise.
+        ``lora_id``: of SGLang's ``LoRARef``; None: the base model."""
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -51,6 +52,7 @@ class OfflineEngine:
             origin_input_text="",
             origin_input_ids=array("q", tokens),
             sampling_params=parameters,
+            lora_id=lora_id,
             vocab_size=self.model_runner.model_config.vocab_size,
         )
         request.logprob_start_len = -1

@@ -32,7 +32,13 @@ def register() -> None:
 
 
 def _register() -> None:
-    from flowprefill_sglang.integration import cpu_arithmetic, cpu_disaggregation, platform, transfer_backend
+    from flowprefill_sglang.integration import (
+        cpu_arithmetic,
+        cpu_disaggregation,
+        cpu_lora,
+        platform,
+        transfer_backend,
+    )
     from flowprefill_sglang.integration.prefill import request_terms
 
     # The eager runner otherwise copies each batch's inputs into one static buffer per process, which a suspended
@@ -45,7 +51,7 @@ def _register() -> None:
     if settings is not None:
         hooks += _scheduler_hooks(settings)
     if not platform.has_accelerator():
-        hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks()]
+        hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks(), *cpu_lora.hooks()]
         checks.append(cpu_disaggregation.check)
     register_hooks(hooks)
     verify_when_applied(hooks, checks)

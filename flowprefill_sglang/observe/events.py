@@ -59,6 +59,8 @@ class TaskStarted(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
     predicted_s: float
     deadline_at: float
     """The earliest of its requests'."""
+    rest_s: float = 0.0
+    """Predicted time of the chunks of its prompt that will follow this pass."""
 
 
 class TaskPreempted(msgspec.Struct, frozen=True, kw_only=True, tag="preempted"):

@@ -1,5 +1,6 @@
 """The command line as a shell sees it: exit statuses, and one line that says what is wrong."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -28,6 +29,37 @@ def test_every_command_has_help(command: str) -> None:
     done = flowprefill(*command.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: flowprefill {command}")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["version", "config show", "--help"])
+def test_output_that_nobody_reads_ends_it_without_a_word(words: str, unbuffered: str) -> None:
+    """As in ``flowprefill version | head -0``."""
+    done = unread(words, subprocess.PIPE, PYTHONUNBUFFERED=unbuffered)
+    assert done.stderr == ""
+    assert done.returncode in ((0, 141) if words == "--help" else (141,))  # argparse may have forgiven it
+
+
+def test_nobody_reads_its_errors_either() -> None:
+    assert unread("version", subprocess.STDOUT).returncode == 141
+
+
+def unread(words: str, stderr: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output goes into a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "flowprefill_sglang", *words.split()],
+            stdout=writer,
+            stderr=stderr,
+            env=os.environ | environment,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writer)
 
 
 @pytest.mark.parametrize(

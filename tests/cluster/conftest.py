@@ -3,13 +3,9 @@ stock SGLang engine with the same weights, whose answers are the truth."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +15,7 @@ from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing.clusters import CHUNK_TOKENS, CONTEXT_TOKENS, PAGE_TOKENS, Cluster, answers, wait_until
 from flowprefill_testing.direct import DirectWorkers, Pair
-
-STRICT = {
-    # SGLang then counts every KV slot, lock and request row whenever it is idle, and stops when one has leaked.
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+from flowprefill_testing.servers import STOCK_SERVER, STRICT, end, environment, sizes, started_up, with_us
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +40,7 @@ def _stock(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = directory / "stock.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *sizes(model_path), "--port", str(port)],
+            [sys.executable, *STOCK_SERVER, *sizes(model_path), "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -84,51 +75,6 @@ def wide(model_path: Path, tmp_path_factory: pytest.TempPathFactory, _stock: Sto
         yield cluster
 
 
-def sizes(model_path: Path) -> list[str]:
-    """Flags of every server here."""
-    return ["--model-path", str(model_path), "--context-length", str(CONTEXT_TOKENS), "--max-total-tokens", "40000"]
-
-
-def environment(directory: Path) -> dict[str, str]:
-    """Of servers whose temporary files go to a folder in ``directory``."""
-    temporary = directory / "tmp"
-    temporary.mkdir()
-    return {**os.environ, **STRICT, "TMPDIR": str(temporary)}
-
-
-@contextmanager
-def started_up(flags: list[str], directory: Path) -> Iterator[Cluster]:
-    """A cluster by ``flowprefill up``, ended with the block."""
-    ready_file, log_dir, up_log = directory / "ready.json", directory / "logs", directory / "up.log"
-    files = ["--port", "0", "--ready-file", str(ready_file), "--log-dir", str(log_dir)]
-    with up_log.open("wb") as out:
-        up = subprocess.Popen(
-            [sys.executable, "-m", "flowprefill_sglang", "up", *files, *flags],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment(directory),
-        )
-    try:
-        wait_until(ready_file.exists, up, up_log)
-        document = json.loads(ready_file.read_text())
-        workers = {worker["name"]: worker for worker in document["workers"]}
-        yield Cluster(document["url"], workers, log_dir, up, ready_file)
-    finally:
-        end(up)
-
-
-def end(process: subprocess.Popen) -> None:
-    """Interrupt it, and kill it if that does not help."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.fixture(scope="session")
 def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
     """Two more prefill workers, which no router knows. They share the cluster's decode instance."""
@@ -137,7 +83,7 @@ def _direct(cluster: Cluster, model_path: Path) -> Iterator[dict[str, Pair]]:
         "tight": ["--max-total-tokens", "6600"],
     }
     flags_of["tight"] += ["--chunked-prefill-size", "1024"]
-    with DirectWorkers(model_path, cluster.log_dir, STRICT) as workers:
+    with DirectWorkers(model_path, cluster.log_dir, {**STRICT, **with_us()}) as workers:
         for name, flags in flags_of.items():
             workers.start(name, flags)
         yield {name: workers.pair(name, cluster.workers["decode-0"]["url"]) for name in flags_of}

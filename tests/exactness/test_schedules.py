@@ -26,6 +26,8 @@ SCHEDULES = {"torch_native": 40, "triton": 12}
 """How many a model runs; Triton's interpreter needs a hundred times longer."""
 MODELS = [(architecture, backend) for backend in SCHEDULES for architecture in ARCHITECTURES]
 BROKEN_TOO = "llama"
+LORA = "llama:torch_native:24:lora"
+"""Prompts of one batch have two adapters and none, in turn."""
 TIMEOUT_S = 570  # less than pytest's faulthandler_timeout
 
 EVERYWHERE = {
@@ -48,6 +50,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
         f"{architecture}:{backend}:{SCHEDULES[backend]}" + (":broken" if architecture == BROKEN_TOO else "")
         for architecture, backend in reversed(MODELS)  # the slow ones first
     ]
+    words.append(LORA)
     support = Path(__file__).parents[1] / "support"
     run = subprocess.run(
         [sys.executable, "-m", "flowprefill_testing.exactness", str(directory), *words],
@@ -59,7 +62,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
         timeout=TIMEOUT_S,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return {model: json.loads((directory / f"{model[0]}-{model[1]}.json").read_text()) for model in MODELS}
+    names = [*MODELS, ("llama", "torch_native-lora")]
+    return {name: json.loads((directory / f"{name[0]}-{name[1]}.json").read_text()) for name in names}
 
 
 @pytest.mark.parametrize(("architecture", "backend"), MODELS)
@@ -76,8 +80,19 @@ def test_activation_bound_holds_and_is_not_idle(reports: Any, architecture: str,
     assert 0.5 < reports[architecture, backend]["held_over_bound"] <= 1
 
 
+def test_interrupted_prompts_have_the_answers_of_their_own_adapters(reports: Any) -> None:
+    report = reports["llama", "torch_native-lora"]
+    assert "error" not in report, report["error"]
+    assert report["schedules"] >= 24
+    assert report["max_depth"] >= 3
+    assert report["held_over_bound"] <= 1
+    assert report["self_test"] == []
+    assert report["broken"]["nothing"] == []
+    assert "logits" in report["broken"]["lora_batch"], report["broken"]
+
+
 def test_schedules_were_worth_running(reports: Any) -> None:
-    runs = [report for report in reports.values() if "error" not in report]
+    runs = [report for report in (reports[model] for model in MODELS) if "error" not in report]
     assert sum(run["schedules"] for run in runs) >= 200
     assert max(run["max_depth"] for run in runs) >= 3
     assert sum(run["suspensions"] for run in runs) >= 500

@@ -41,14 +41,14 @@ def metrics() -> Metrics:
     return Metrics()
 
 
-def arrived(rid: str, at: float = 10.0, slo_class: str = "text") -> RequestArrived:
-    return RequestArrived(at=at, rid=rid, tokens=1, slo_class=slo_class, received_at=at, deadline_at=at + 1)
+def arrived(rid: str, at: float = 10.0, slo_class: str = "text", received_at: float | None = None) -> RequestArrived:
+    received_at = at if received_at is None else received_at
+    return RequestArrived(at=at, rid=rid, tokens=1, slo_class=slo_class, received_at=received_at, deadline_at=at + 1)
 
 
-def started(*rids: str, at: float) -> TaskStarted:
-    return TaskStarted(
-        at=at, task=1, rids=list(rids), new_tokens=1, cached_tokens=0, predicted_s=1.0, deadline_at=at + 1
-    )
+def started(*rids: str, at: float, predicted_s: float = 1.0, rest_s: float = 0.0) -> TaskStarted:
+    costs = {"predicted_s": predicted_s, "rest_s": rest_s}
+    return TaskStarted(at=at, task=1, rids=list(rids), new_tokens=1, cached_tokens=0, deadline_at=at + 1, **costs)
 
 
 def ended(rid: str, outcome: Outcome = Outcome.PREFILLED, slo_class: str = "text") -> RequestEnded:
@@ -109,6 +109,16 @@ def test_a_request_waits_once_however_many_chunks_it_has(metrics: Metrics) -> No
     assert metrics.value("prefill_queue_wait_seconds_sum", **{"class": "file"}) == 1.0
 
 
+def test_the_predicted_ttft_is_that_of_the_whole_prompt_and_told_once(metrics: Metrics) -> None:
+    metrics.update(arrived("a", at=10.0, received_at=9.5))
+    metrics.update(started("a", at=10.5, predicted_s=0.25, rest_s=0.75))  # a chunk, and what will follow it
+    metrics.update(started("a", at=20.0, predicted_s=0.75))
+    assert metrics.value("request_predicted_ttft_seconds_sum") == 2.0
+    metrics.update(arrived("b"))
+    metrics.update(started("b", at=10.5, predicted_s=0.0))
+    assert metrics.value("request_predicted_ttft_seconds_count") == 1, "where nothing was predicted"
+
+
 def test_only_those_with_a_first_token_count_as_such_and_nothing_is_remembered(metrics: Metrics) -> None:
     for rid, outcome in (("a", Outcome.PREFILLED), ("b", Outcome.ABORTED), ("c", Outcome.FAILED)):
         metrics.update(arrived(rid))
@@ -138,6 +148,7 @@ def test_names_are_the_conventions(metrics: Metrics) -> None:
     assert {
         f"flowprefill_{name}"
         for name in (
+            "request_predicted_ttft_seconds",
             "preemption",  # counters are exposed with _total
             "preemption_blocking_seconds",
             "preempted_suspend_seconds",

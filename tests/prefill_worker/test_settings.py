@@ -49,7 +49,7 @@ def test_the_defaults_can_work() -> None:
         ({"default_objective_s": 0.0}, "default_objective_s"),
         ({"batch_tokens": 0}, "batch_tokens"),
         ({"slack_fraction": -0.1}, "slack_fraction"),
-        ({"slack_fraction": 1.5}, "slack_fraction"),
+        ({"slack_fraction": 1.0}, "slack_fraction"),
         ({"slack_fraction": float("nan")}, "slack_fraction"),
         ({"max_blocking_ms": -1.0}, "max_blocking_ms"),
         ({"max_blocking_ms": float("nan")}, "max_blocking_ms"),

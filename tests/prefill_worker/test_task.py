@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import Thread
 
 import pytest
+from greenlet import greenlet
 
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -157,6 +161,38 @@ def test_discard_runs_finally_blocks_under_the_tasks_state_and_no_boundary(world
     other.discard()
 
 
+@pytest.mark.parametrize("how", ["finished", "failed", "discarded"])
+def test_a_task_that_is_over_holds_nothing_and_leaves_no_greenlet(world: World, how: str) -> None:
+    """What its frames named, a suspended pass's activations, is free, though the task itself is still known."""
+    held: list[weakref.ref[World]] = []
+
+    def run() -> str:
+        activations = World()
+        held.append(weakref.ref(activations))
+        world.gate.cross()
+        if how == "failed":
+            raise ZeroDivisionError
+        return "done"
+
+    def greenlets() -> int:
+        gc.collect()
+        return sum(type(found) is greenlet and not found.dead for found in gc.get_objects())
+
+    before = greenlets()
+    task = world.task(run)
+    task.advance()
+    assert held[0]() is not None, "it is suspended"
+    assert greenlets() == before + 1
+    if how == "discarded":
+        task.discard()
+    else:
+        with contextlib.suppress(ZeroDivisionError):
+            task.advance()
+    assert task.is_over
+    assert greenlets() == before
+    assert held[0]() is None
+
+
 def test_discard_of_a_task_that_never_started_runs_nothing(world: World) -> None:
     task = world.forward("a")
     task.discard()
@@ -192,8 +228,6 @@ def test_a_place_where_it_cannot_stop_postpones_the_stop(world: World) -> None:
 
 
 def test_another_greenlet_inside_of_a_task_does_not_stop_it(world: World) -> None:
-    from greenlet import greenlet
-
     task = world.task(lambda: str(greenlet(world.gate.cross).switch()))
     assert task.advance()
     assert task.postponed == 1

@@ -36,6 +36,7 @@ NOTHING_BEGUN_BEYOND = frozenset(
         "UpdateWeightsFromIPCReqInput",
         "BeginWeightUpdateReqInput",
         "EndWeightUpdateReqInput",
+        "CheckWeightsReqInput",  # one of its actions, reset_tensors, overwrites them
         "ReleaseMemoryOccupationReqInput",
         "ResumeMemoryOccupationReqInput",
         "LoadLoRAAdapterReqInput",

@@ -2,7 +2,8 @@
 
 SGLang takes ten seconds to import and holds one model per process, so this program imports it once and forks for each
 model: ``python -m flowprefill_testing.exactness DIRECTORY MODEL:BACKEND:SCHEDULES …`` writes ``MODEL-BACKEND.json`` for
-each. ``:broken`` after that leaves out one saved thing after the other too. It starts no thread before it forks.
+each. ``:broken`` after that leaves out one saved thing after the other too. ``:lora`` gives prompts LoRA adapters in
+turn and writes ``MODEL-BACKEND-lora.json``. It starts no thread before it forks.
 """
 
 # ruff: noqa: E402  what must be set before the imports is set before the imports
@@ -29,6 +30,7 @@ load_plugins()
 
 import sglang.srt.managers.scheduler  # noqa: F401
 import torch
+from sglang.srt.lora.lora_registry import LoRARef
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,11 +42,14 @@ from flowprefill_sglang.integration.preemption.operator_work import Kind, work_o
 from flowprefill_sglang.integration.preemption.self_test import interruption_fault
 from flowprefill_sglang.integration.preemption.slicing import slicing_fault
 from flowprefill_sglang.prefill_worker.task import ForwardTask
+from flowprefill_testing.adapters import make_adapter
 from flowprefill_testing.interrupted import JOBS, Action, Bench, Mismatch, Schedule, Step
 from flowprefill_testing.tiny_models import make_model
 
 DROPPABLE = ("forward_context", "attn_backend", "model_config_overrides", "scheduler_stage")
 """Saved items that a forward of these models uses on a CPU."""
+LEFT_OUT = (*DROPPABLE, "own attention backend", "own input tensors")
+ADAPTERS = ("a", "b")
 CONCURRENT = 2
 
 FIXED = tuple(
@@ -132,7 +137,7 @@ def in_a_copy(work: Callable[[], list[str]]) -> list[str]:
     return words
 
 
-def broken(bench: Bench) -> dict[str, list[str]]:
+def broken(bench: Bench, names: Sequence[str]) -> dict[str, list[str]]:
     """What goes wrong with one thing left out at a time; ``nothing`` left out must go right."""
     for job in {job for schedule in FIXED for job in schedule.jobs}:
         bench.reference(job)
@@ -146,10 +151,13 @@ def broken(bench: Bench) -> dict[str, list[str]]:
             bench.state = bench.make_state(without=[name])
 
     found = {}
-    for name in ("nothing", *DROPPABLE, "own attention backend", "own input tensors"):
+    for name in ("nothing", *names):
         wrong = [in_a_copy(lambda n=name, s=schedule: leave_out(n) or tried(bench, s)) for schedule in FIXED]
         found[name] = sorted({word for words in wrong for word in words})
-    found["self-test without own input tensors"] = in_a_copy(lambda: leave_out("own input tensors") or self_test(bench))
+    if "own input tensors" in names:
+        found["self-test without own input tensors"] = in_a_copy(
+            lambda: leave_out("own input tensors") or self_test(bench)
+        )
     return found
 
 
@@ -239,8 +247,9 @@ def slicing_faults(bench: Bench) -> dict[str, str | None]:
     return found
 
 
-def report(directory: Path, architecture: str, backend: str, count: int, is_broken_too: bool) -> dict[str, Any]:
-    model = make_model(directory / f"models-{backend}", architecture)
+def report(directory: Path, architecture: str, backend: str, count: int, more: Sequence[str]) -> dict[str, Any]:
+    is_broken_too, has_lora = "broken" in more, "lora" in more
+    model = make_model(directory / "-".join(["models", backend, *more]), architecture)
     engine = OfflineEngine(
         str(model),
         attention_backend=backend,
@@ -248,12 +257,13 @@ def report(directory: Path, architecture: str, backend: str, count: int, is_brok
         max_total_tokens=2048,
         max_running_requests=32,
         log_level="error",
+        **(lora_settings(model) if has_lora else {}),
     )
     with torch.no_grad():
-        bench = Bench(engine)
+        bench = Bench(engine, adapters=(*ADAPTERS, None) if has_lora else (None,))
         backend_class = type(engine.model_runner.attn_backend).__name__
         run = random_schedules(bench, count)
-        return {
+        found = {
             "schedules": run,
             "suspensions": bench.suspensions,
             "max_depth": bench.max_depth,
@@ -261,9 +271,23 @@ def report(directory: Path, architecture: str, backend: str, count: int, is_brok
             "attention": backend_class,
             "held_over_bound": held_over_bound(bench, (40, 24)),
             "self_test": self_test(bench),
-            "broken": broken(bench) if is_broken_too else {},
-            "sliced": sliced(bench, count // 2),
         }
+        if has_lora:
+            return found | {"broken": broken(bench, ["lora_batch"])}
+        return found | {"broken": broken(bench, LEFT_OUT) if is_broken_too else {}, "sliced": sliced(bench, count // 2)}
+
+
+def lora_settings(model: Path) -> dict[str, Any]:
+    """Of SGLang, for a model with adapters, all of which have a slot."""
+    paths = {name: make_adapter(model.parent / name, model, seed) for seed, name in enumerate(ADAPTERS)}
+    return {
+        "enable_lora": True,
+        "lora_backend": "torch_native",
+        "max_loras_per_batch": len(ADAPTERS) + 1,
+        "lora_paths": [
+            LoRARef(lora_id=name, lora_name=name, lora_path=str(path), pinned=False) for name, path in paths.items()
+        ],
+    }
 
 
 def fork(directory: Path, architecture: str, backend: str, count: str, *more: str) -> int:
@@ -274,11 +298,12 @@ def fork(directory: Path, architecture: str, backend: str, count: str, *more: st
     status = 1
     try:
         try:
-            result = report(directory, architecture, backend, int(count), "broken" in more)
+            result = report(directory, architecture, backend, int(count), more)
             status = 0
         except BaseException as error:
             result = {"error": "".join(traceback.format_exception(error))}
-        (directory / f"{architecture}-{backend}.json").write_text(json.dumps(result, indent=1))
+        name = "-".join([architecture, backend, *(word for word in more if word == "lora")])
+        (directory / f"{name}.json").write_text(json.dumps(result, indent=1))
     finally:
         os._exit(status)
 

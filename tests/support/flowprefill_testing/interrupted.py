@@ -123,8 +123,10 @@ class Outcome:
 class Bench:
     """A loaded model with boundaries, and the references."""
 
-    def __init__(self, engine: OfflineEngine, prompts_seed: int = 0) -> None:
+    def __init__(self, engine: OfflineEngine, prompts_seed: int = 0, adapters: Sequence[str | None] = (None,)) -> None:
+        """``adapters``: LoRA ids that the prompts of all jobs have in turn."""
         self.engine = engine
+        self._adapters = adapters
         self.gate = Gate()
         self.slices = SlicedOperators(self.gate)
         install(self.gate, self.slices)
@@ -143,6 +145,10 @@ class Bench:
         self._prefix = [rng.randrange(1, VOCABULARY) for _ in range(SHARED_PREFIX_TOKENS)]
         self._prompts = [[self._prompt(rng, spec, i) for i in range(len(spec.lengths))] for spec in JOBS]
         self._references: dict[int, Outcome] = {}
+
+    def adapter(self, job: int, prompt: int) -> str | None:
+        """The LoRA id of one of a job's prompts."""
+        return self._adapters[(job + prompt) % len(self._adapters)]
 
     def make_state(self, without: Sequence[str] = ()) -> ForwardState:
         """The shared state of this model; ``without`` as for ``ForwardState``."""
@@ -178,9 +184,10 @@ class Bench:
 
     def _start_over(self) -> None:
         self.engine.forget()
-        warm = self.engine.request([*self._prefix, 1])
-        self.engine.run(self.engine.batch([warm]))
-        self.engine.release(warm, keep=True)
+        for adapter in self._adapters:  # each has a prefix cache of its own
+            warm = self.engine.request([*self._prefix, 1], adapter)
+            self.engine.run(self.engine.batch([warm]))
+            self.engine.release(warm, keep=True)
 
     def check(self, schedule: Schedule) -> None:
         """Run a schedule; Mismatch if any job that came to its end differs from its reference, or if the hub sees
@@ -206,8 +213,8 @@ class Bench:
             raise Mismatch(sorted(found))
 
     def hub_state(self) -> dict[str, Any]:
-        """Everything that a forward may leave changed."""
-        return {item.name: item.take() for item in self._all_items}
+        """Everything that a forward must leave as it was. The LoRA metadata of its batch it leaves to the next one."""
+        return {item.name: item.take() for item in self._all_items if item.name != "lora_batch"}
 
     def _advance(self, runs: dict[int, JobRun], schedule: Schedule, step: Step) -> None:
         run = runs.get(step.job) or runs.setdefault(step.job, JobRun(self, schedule.jobs[step.job]))
@@ -223,7 +230,9 @@ class JobRun:
     def __init__(self, bench: Bench, job: int) -> None:
         self._bench = bench
         self._spec = JOBS[job]
-        self.requests = [bench.engine.request(tokens) for tokens in bench._prompts[job]]
+        self.requests = [
+            bench.engine.request(tokens, bench.adapter(job, index)) for index, tokens in enumerate(bench._prompts[job])
+        ]
         self.batch = bench.engine.batch(self.requests, self._spec.chunk_tokens)
         self.outcome = Outcome()
         self.is_over = False

@@ -1,0 +1,52 @@
+"""A scheduler process that does not answer, behind a link whose own loop goes on."""
+
+import asyncio
+import time
+
+import pytest
+
+from flowprefill_sglang.prefill_worker.link import SchedulerHangs
+from flowprefill_sglang.wire.messages import Dispatch, Goodbye, Heartbeat
+from flowprefill_testing.link_ends import linked
+
+
+class FastClock:
+    """Seconds that pass a hundred times as fast."""
+
+    def __init__(self) -> None:
+        self._began_at = time.monotonic()
+
+    def __call__(self) -> float:
+        return self._began_at + 100.0 * (time.monotonic() - self._began_at)
+
+
+def test_a_scheduler_that_hangs_ends_the_worker_and_the_router_is_told() -> None:
+    async def scenario() -> None:
+        async with linked(clock=FastClock()) as (router, engine, task):
+            engine.hangs = True
+            await router.send(Dispatch(rid="a", path="/generate"), b"hold")
+            await router.receive(Heartbeat, lambda beat: beat.load.silent_s > 3.0)
+            goodbye, _ = await router.receive(Goodbye)
+            assert "its scheduler process has not answered for 6" in goodbye.reason
+            with pytest.raises(SchedulerHangs, match="--unresponsive-secs"):
+                await task
+            assert engine.questions == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_scheduler_that_answers_or_has_a_control_request_is_no_hang() -> None:
+    async def scenario() -> None:
+        clock = FastClock()
+        async with linked(clock=clock) as (router, engine, task):
+            await router.send(Dispatch(rid="a", path="/generate"), b"hold")
+            while engine.questions < 3:
+                await router.receive(Heartbeat)
+            engine.hangs = engine.controlled = True
+            until = clock() + 150.0
+            while clock() < until:
+                beat, _ = await router.receive(Heartbeat)
+                assert beat.load.silent_s == 0.0
+            assert not task.done()
+
+    asyncio.run(scenario())
