@@ -44,6 +44,7 @@ BASELINES = ("fcfs", "fcfs@chunk8192", "fcfs@chunk2048", "sedf@chunk8192", "sedf
 LOADS = (0.5, 1.0, 2.0, 3.0)
 """For the distance to the bound."""
 SWITCH_S = 100e-6
+PARTS = ("goodput", "bound")
 MOST_LOAD, LEAST_LOAD, RESOLUTION = 8.0, 0.01, 1.01
 
 
@@ -147,7 +148,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000, help="of a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bound-only", action="store_true", help="only the distance to the bound")
+    parser.add_argument("--only", choices=PARTS, help="default: both")
     parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
@@ -156,11 +157,13 @@ def main() -> int:
     setups: Sequence[str] = SETUPS
     if options.quick:
         options.requests, options.repeats, setups = 150, 2, SETUPS[:1]
-    if options.bound_only:
+    if options.only == "bound":
         setups = ()
     rows: list[dict[str, Any]] = []
     for repeat, workload in enumerate(workloads(options)):
-        new = [row for setup in setups for row in goodput_rows(setup, workload, repeat)] + bound_rows(workload, repeat)
+        new = [row for setup in setups for row in goodput_rows(setup, workload, repeat)]
+        if options.only != "goodput":
+            new += bound_rows(workload, repeat)
         for row in new:
             print(*(f"{key} {value}" for key, value in row.items()), flush=True)
         rows += new
