@@ -10,6 +10,8 @@ load are played to one worker, and the events that it records itself are what is
 - **Gaps.** From the end of a forward to the start of the next whose requests were there by then: taking results,
   handing KV over, new messages, the round. So much for each forward and for each request and token of the one that
   ended (non-negative least squares).
+- **Preemptions.** From the stop of a forward to the start of what it was stopped for: the decision, and SGLang making
+  the batch. The mean.
 - **The host core**, which does all else: what a single request's way takes before the worker has it and after its
   prefill, but no more than the CPU time that all other processes use for a request. The rest of the way is a constant.
 """
@@ -20,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 import psutil
@@ -39,6 +41,7 @@ from flowprefill_sglang.observe.events import (
     RequestArrived,
     RequestEnded,
     TaskFinished,
+    TaskPreempted,
     TaskResumed,
     TaskStarted,
 )
@@ -80,9 +83,31 @@ class Measured:
     forward: CostModel
     """Of forwards alone."""
     gap: Gap
+    preempt_s: float
+    """As ``Machine`` has it."""
     host_before_s: float
     host_after_s: float
     way_s: float
+
+    def against(self, played: Played) -> dict[str, float]:
+        """What lay where on the worker's core, over what this machine says of the very same forwards: where an error of
+        the simulation comes from. Gaps count only where the next forward could have gone on at once."""
+        forwards = played.forwards()
+        gaps = list(played.gaps(self.host_before_s))
+        preemptions_s = list(played.preemptions_s())
+        modelled_s = sum(
+            self.gap.forward_s + self.gap.request_s * len(ended.rids) + self.gap.token_s * ended.new_tokens
+            for ended, _ in gaps
+        )
+        return {
+            "forwards_over_modelled": round(
+                sum(one.seconds for one in forwards) / sum(self.forward.seconds(one.extents) for one in forwards), 4
+            ),
+            "gaps": len(gaps),
+            "gaps_over_modelled": round(sum(seconds for _, seconds in gaps) / modelled_s, 4) if modelled_s else 0.0,
+            "preemptions": len(preemptions_s),
+            "preemption_mean_ms": round(1e3 * fmean(preemptions_s), 3) if preemptions_s else 0.0,
+        }
 
     def machine(self, layers: int) -> Machine:
         """A prefill worker of it."""
@@ -92,6 +117,7 @@ class Measured:
             layers=layers,
             operators=LLAMA_LIKE,
             handoff_base_s=self.way_s,
+            preempt_s=self.preempt_s,
             host_before_s=self.host_before_s,
             host_after_s=self.host_after_s,
         )
@@ -141,6 +167,16 @@ class Played:
                 if ended is not None and is_ready:
                     yield ended, event.at - ended.at
                 ended = None
+
+    def preemptions_s(self) -> Iterator[float]:
+        """For each stop of a task, the seconds until another runs."""
+        stopped_at: float | None = None
+        for event in self.events:
+            if isinstance(event, TaskPreempted):
+                stopped_at = event.at
+            elif isinstance(event, TaskStarted | TaskResumed) and stopped_at is not None:
+                yield event.at - stopped_at
+                stopped_at = None
 
 
 class Cluster:
@@ -227,6 +263,7 @@ async def measure_machine(
     found = Measured(
         forward=forward,
         gap=gap,
+        preempt_s=fit_preemption(busy),
         host_before_s=host_s * share,
         host_after_s=host_s * (1 - share),
         way_s=left_s - host_s,
@@ -237,6 +274,7 @@ async def measure_machine(
         "forward_error_median": median(errors(forward, busy.forwards())),
         "forward_over_profiled": sum(one.seconds for one in busy.forwards())
         / sum(profiled.seconds(one.extents) for one in busy.forwards()),
+        "preemptions": float(sum(1 for _ in busy.preemptions_s())),
         "single_before_ms": 1e3 * before_s,
         "single_after_ms": 1e3 * after_s,
         "host_cpu_ms": 1e3 * busy.host_cpu_s / len(busy.records),
@@ -252,16 +290,22 @@ def fit_gap(played: Played, before_s: float) -> Gap:
     return Gap(forward_s=float(forward_s), request_s=float(request_s), token_s=float(token_s))
 
 
+def fit_preemption(played: Played) -> float:
+    """What a preemption costs beside the stop, stretched ones cut as gaps are; 0 where nothing was preempted, as in
+    stock SGLang, which cannot."""
+    found = list(played.preemptions_s())
+    if not found:
+        return 0.0
+    limit_s = 3 * median(found)
+    return fmean(min(seconds, limit_s) for seconds in found)
+
+
 def _at(row: TraceRequest, at_s: float) -> TraceRequest:
     return replace(row, arrival_s=at_s)
 
 
 def _row(tokens: int) -> TraceRequest:
     return TraceRequest(arrival_s=0, input_tokens=tokens, output_tokens=1, class_name="file")
-
-
-def _ttft_s(alone: Played) -> float:
-    return alone.records[0].ttft_s or 0.0
 
 
 def _before_s(alone: Played) -> float:

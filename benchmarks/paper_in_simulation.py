@@ -44,6 +44,7 @@ BASELINES = ("fcfs", "fcfs@chunk8192", "fcfs@chunk2048", "sedf@chunk8192", "sedf
 LOADS = (0.5, 1.0, 2.0, 3.0)
 """For the distance to the bound."""
 SWITCH_S = 100e-6
+PARTS = ("goodput", "bound")
 MOST_LOAD, LEAST_LOAD, RESOLUTION = 8.0, 0.01, 1.01
 
 
@@ -80,26 +81,41 @@ def goodput_rows(setup: str, workload: Workload, repeat: int) -> list[dict[str, 
     ]
 
 
-def bound_rows(workload: Workload, repeat: int) -> list[dict[str, Any]]:
+def bound_rows(workload: Workload, repeat: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Of the default policy on the reference, with and without aging and batches."""
     machine = load_machine(DEFAULT_COST_MODEL)
     plain = Experiment(workload=workload, machine=machine, objectives_s=objectives_s(machine), switch_s=SWITCH_S)
     patient = replace(plain.aging, max_wait_s=1e9, max_suspend_s=1e9)
     default = parse("feasible")
+    requests = plain.measure().requests
     rows = []
     for load in LOADS:
         factor = plain.measure().interval_factor(load, 1)
-        surely = round(plain.surely(factor), 4)
+        alone = plain.without_batches(factor, options.whole_seconds)
+        starts = [set(alone.chosen), set(range(requests))]
+        found = max(alone.least, plain.with_hindsight(default, factor, starts, options.hindsight_rounds))
+        known = {
+            "best_known": round(found / requests, 4),
+            "best_alone_least": round(alone.least / requests, 4),
+            "best_alone_most": round(alone.most / requests, 4),
+        }
         for is_batching in (True, False):
+            linear = replace(plain, is_batching=is_batching).bound([default], factor, window=1 << 30)
+            most = alone.most / requests
+            if is_batching:
+                most = plain.bound([default], factor, window=1 << 30, whole_s=options.whole_seconds)
             for is_aging in (True, False):
                 experiment = replace(plain, is_batching=is_batching, aging=plain.aging if is_aging else patient)
-                most = experiment.bound([default], factor, window=1 << 30)
                 tally = experiment.simulate(default, factor)
                 attainment = tally.attainment
                 rows.append(
                     {"part": "bound", "repeat": repeat, "load": load, "is_batching": is_batching, "is_aging": is_aging}
-                    | {"attainment": round(attainment, 4), "bound": round(most, 4), "surely_alone": surely}
-                    | {"of_bound": round(attainment / most, 4), "of_surely": round(attainment / surely, 4)}
+                    | {"attainment": round(attainment, 4), "bound": round(most, 4), "linear_bound": round(linear, 4)}
+                    | known
+                    | {
+                        "of_bound": round(attainment / most, 4),
+                        "of_best_known": round(attainment * requests / found, 4),
+                    }
                     | {"longest_ttft_s": round(max(one.ttft.longest_s for one in tally.classes.values()), 1)}
                 )
     return rows
@@ -147,7 +163,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000, help="of a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bound-only", action="store_true", help="only the distance to the bound")
+    parser.add_argument("--only", choices=PARTS, help="default: both")
+    parser.add_argument("--whole-seconds", type=float, default=10, help="for each bound of whole requests")
+    parser.add_argument("--hindsight-rounds", type=int, default=30, help="of the search for a schedule that knows all")
     parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
@@ -156,11 +174,14 @@ def main() -> int:
     setups: Sequence[str] = SETUPS
     if options.quick:
         options.requests, options.repeats, setups = 150, 2, SETUPS[:1]
-    if options.bound_only:
+        options.whole_seconds, options.hindsight_rounds = 1, 2
+    if options.only == "bound":
         setups = ()
     rows: list[dict[str, Any]] = []
     for repeat, workload in enumerate(workloads(options)):
-        new = [row for setup in setups for row in goodput_rows(setup, workload, repeat)] + bound_rows(workload, repeat)
+        new = [row for setup in setups for row in goodput_rows(setup, workload, repeat)]
+        if options.only != "goodput":
+            new += bound_rows(workload, repeat, options)
         for row in new:
             print(*(f"{key} {value}" for key, value in row.items()), flush=True)
         rows += new
@@ -174,6 +195,8 @@ def main() -> int:
         measured = {
             "requests": options.requests,
             "trace": trace,
+            "whole_seconds": options.whole_seconds,
+            "hindsight_rounds": options.hindsight_rounds,
             "objectives_s": {setup: objectives_s(load_machine(setup)) for setup in setups or (DEFAULT_COST_MODEL,)},
             "ratios": found,
             "rows": rows,

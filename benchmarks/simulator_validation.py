@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_machine import ENDPOINT, Cluster, Played, measure_machine
+from live_machine import ENDPOINT, Cluster, Measured, Played, measure_machine
 from msgspec.structs import asdict as asdict_struct
 from results_file import write_result
 
@@ -105,6 +105,7 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
     configurations = [flowprefill("feasible", "--cost-file", str(cost_file)), STOCK_UNCHUNKED]
     found: list[dict[str, Any]] = []
     experiments: dict[str, Experiment] = {}
+    measured: dict[str, Measured] = {}
     machines: dict[str, Any] = {}
     async with LiveWorkers(model, configurations) as live:
         cluster = Cluster(live)
@@ -125,6 +126,7 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
                 objectives=objectives,
                 seed=options.seed,
             )
+            measured[name] = its
             machines[name] = asdict(its) | {
                 "forward": asdict_struct(its.forward),
                 "measured": {key: round(value, 4) for key, value in figures.items()},
@@ -145,7 +147,7 @@ async def measure(options: argparse.Namespace, model: Path, cost_file: Path, lay
                     played = await cluster.play(name, stretched, objectives, options.seed + repeat)
                     tally = experiments[name].simulate(parse(simulated), interval_factor)
                     row = {"configuration": name, "load": load, "repeat": repeat, "requests": len(window)}
-                    found.append(row | compared(played, tally, objectives))
+                    found.append(row | compared(played, tally, objectives) | measured[name].against(played))
                     print(found[-1], flush=True)
         is_pinned = live.is_pinned
     return {
@@ -178,6 +180,7 @@ def compared(played: Played, tally: Tally, objectives: Mapping[str, Objective]) 
         "took_s": round(played.took_s, 3),
         "forwards": len(played.forwards()),
         "simulated_forwards": tally.forwards,
+        "simulated_preemptions": tally.preemptions,
     }
 
 

@@ -11,69 +11,38 @@ schedule exists, and these form a polymatroid: a set of jobs can be given as muc
 submodular function. So greedy is optimal for any weights: take jobs by what a second earns, 1/p, the shortest
 first, and give each as much as the tightest interval around it still has room for. Its value is that of the linear
 program (tests compare it with an LP solver), in O(n²) memory and O(n³) additions that NumPy does in blocks: 2,000 jobs
-take about two seconds.
+take about two seconds. ``whole_jobs`` then does without parts of jobs.
 
 **What serving takes at least.** Alone, a job's forward takes ``alone_s``. In a batch it shares the overhead, so there a
-job is charged its tokens' part of the largest forward that the policy may make. The cost of a token in a forward never
+job is charged its tokens' part of the largest forward that it can be in. The cost of a token in a forward never
 rises with the forward's size (see ``least_token_s``), the shares of a forward's members add up to no more than the
 forward takes, and attention is each job's own; so what any schedule of such batches does in an interval is at least the
 sum of the charges. A job still has to fit its window alone, since a forward that contains it takes no less.
+
+**The largest forward that a job can be in** (``largest_batches``). All its members have arrived when it begins and are
+due when it ends or later; a late member only makes it longer, so the best schedule has none. Between the last release
+and the first deadline there must be room for it. So it has no more tokens than those whose windows hold that interval,
+and no more than fit into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent
+from flowprefill_sglang.sim.intervals import ROUNDING_S, Intervals, Job
 from flowprefill_sglang.sim.machine import Machine
+from flowprefill_sglang.sim.whole_jobs import bracket
 from flowprefill_sglang.workload.trace import TraceRequest
-
-_ROUNDING_S = 1e-9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One request, as the bound sees it."""
-
-    released_at: float
-    deadline_at: float
-    work_s: float
-    """Device time that serving it takes at least, positive."""
-    alone_s: float
-    """Its window must be at least so long."""
 
 
 def most_in_time(jobs: Iterable[Job], workers: int = 1) -> float:
     """The linear program's value: no schedule of these jobs has more of them in time."""
-    return _greedy(jobs, workers, is_whole=False)
-
-
-def surely_in_time(jobs: Iterable[Job]) -> int:
-    """How many one preemptive machine that knows the future can have in time for sure: the same greedy, which takes a
-    job only if all of it fits. The best lies between this and ``most_in_time``."""
-    return round(_greedy(jobs, 1, is_whole=True))
-
-
-def _greedy(jobs: Iterable[Job], workers: int, *, is_whole: bool) -> float:
-    possible = [job for job in jobs if job.deadline_at - job.released_at >= job.alone_s - _ROUNDING_S]
-    if not possible:
-        return 0.0
-    releases, release_of = np.unique([job.released_at for job in possible], return_inverse=True)
-    deadlines, deadline_of = np.unique([job.deadline_at for job in possible], return_inverse=True)
-    # Room left in the interval from release i to deadline k. Intervals that hold no job are in it and never looked at.
-    room_s = workers * (deadlines[np.newaxis, :] - releases[:, np.newaxis])
-    value = 0.0
-    for index in sorted(range(len(possible)), key=lambda one: possible[one].work_s):
-        work_s = possible[index].work_s
-        around = room_s[: release_of[index] + 1, deadline_of[index] :]  # every interval that holds the job's window
-        given_s = min(work_s, float(around.min()))
-        if given_s > (work_s - _ROUNDING_S if is_whole else 0.0):
-            around -= given_s
-            value += 1.0 if is_whole else given_s / work_s
-    return value
+    intervals = Intervals(jobs, workers)
+    return intervals.fill(intervals.shortest_first(), is_whole=False).value
 
 
 def least_token_s(cost: CostModel, batch_tokens: int) -> float:
@@ -97,18 +66,30 @@ class Charges:
     is_chunked: bool = False
     """Whether a prompt may be cut. The KV of all but its last chunk is then handed over meanwhile."""
 
-    def job(self, row: TraceRequest, slo_s: float) -> Job:
-        """The job of a request."""
+    def jobs(self, rows: Sequence[TraceRequest], objectives_s: Mapping[str, float]) -> list[Job]:
+        """The jobs of requests that only each other may share forwards with."""
+        alone = [self._alone(row, objectives_s[row.class_name]) for row in rows]
+        if self.batch_tokens is None:
+            return alone
+        tokens = [row.input_tokens for row in rows]
+        if self.is_chunked:  # a forward has parts of prompts, so it may end before any of them is due
+            largest = [max(self.batch_tokens, one) for one in tokens]
+        else:
+            largest = largest_batches(alone, tokens, self.machine.cost, self.batch_tokens)
+        return [
+            replace(job, work_s=self._shared_s(one, most))
+            for job, one, most in zip(alone, tokens, largest, strict=True)
+        ]
+
+    def _alone(self, row: TraceRequest, slo_s: float) -> Job:
         machine, tokens = self.machine, row.input_tokens
-        work_s = alone_s = machine.alone_s(tokens)
+        alone_s = machine.alone_s(tokens)
         if self.is_chunked:  # where overhead is small and tokens up to the knee are cheap, small chunks are cheaper
-            work_s = alone_s = min(alone_s, self._shared_s(tokens, tokens))
-        if self.batch_tokens is not None:
-            work_s = self._shared_s(tokens, max(self.batch_tokens, tokens))
+            alone_s = min(alone_s, self._shared_s(tokens, tokens))
         return Job(
             released_at=row.arrival_s,
             deadline_at=row.arrival_s + slo_s - machine.handoff_s(1 if self.is_chunked else tokens),
-            work_s=work_s,
+            work_s=alone_s,
             alone_s=alone_s,
         )
 
@@ -119,16 +100,51 @@ class Charges:
         return cost.request_s + least_token_s(cost, batch_tokens) * tokens + pairs_s
 
 
+def largest_batches(jobs: Sequence[Job], tokens: Sequence[int], cost: CostModel, batch_tokens: int) -> list[int]:
+    """For each job the most tokens of a forward that it can be in and that has nobody late; of itself at least.
+
+    ``tokens``: of each job. ``batch_tokens``: of a forward of several requests at most; more runs alone.
+    """
+    releases, deadlines = (np.array([getattr(job, name) for job in jobs]) for name in ("released_at", "deadline_at"))
+    sizes = np.array(tokens)
+    is_possible = deadlines - releases >= np.array([job.alone_s for job in jobs]) - ROUNDING_S
+    sums_s = np.array([sum(cost.parts((Extent(size),))[:2]) for size in range(1, batch_tokens + 1)])
+    found = []
+    for job, own in zip(jobs, tokens, strict=True):
+        overlap = (releases < job.deadline_at) & (deadlines > job.released_at)
+        near = np.nonzero(overlap & is_possible & (sizes <= batch_tokens - own))[0]
+        largest = own
+        for start_at in np.unique(np.maximum(releases[near], job.released_at)):
+            there = near[releases[near] <= start_at]
+            ends_at = np.minimum(deadlines[there], job.deadline_at)
+            latest_first = np.argsort(-ends_at)
+            # Of those that are due at the end or later. The job itself is among them, unless it is too long to be.
+            together = np.cumsum(sizes[there][latest_first]) + (own if 2 * own > batch_tokens else 0)
+            fit = np.searchsorted(sums_s, ends_at[latest_first] - start_at + ROUNDING_S, side="right")
+            largest = max(largest, int(np.minimum(np.minimum(together, batch_tokens), fit).max(initial=0)))
+            if largest >= batch_tokens:
+                break
+        found.append(largest)
+    return found
+
+
 def bound(
-    parts: Iterable[Sequence[TraceRequest]], objectives_s: Mapping[str, float], charges: Charges, workers: int
+    parts: Iterable[Sequence[TraceRequest]],
+    objectives_s: Mapping[str, float],
+    charges: Charges,
+    workers: int,
+    *,
+    whole_s: float | None = None,
 ) -> float:
     """The most of all requests that can be in time, as a share.
 
     ``parts``: consecutive windows of the workload. Each is solved as if it had the workers to itself, so the sum bounds
-    the whole, and a little more loosely than one solution would.
+    the whole, and a little more loosely than one solution would. ``whole_s``: seconds to spend on each for a bound that
+    counts whole jobs only; None: the linear program's.
     """
     most, requests = 0.0, 0
     for part in parts:
         requests += len(part)
-        most += most_in_time((charges.job(row, objectives_s[row.class_name]) for row in part), workers)
+        jobs = charges.jobs(part, objectives_s)
+        most += most_in_time(jobs, workers) if whole_s is None else bracket(Intervals(jobs, workers), whole_s).most
     return most / requests

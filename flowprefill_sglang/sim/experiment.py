@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
+from flowprefill_sglang.prefill_worker.scheduler import Request
 from flowprefill_sglang.sim.arrivals import Measure, Workload, at_load, measure, windows
-from flowprefill_sglang.sim.bound import Charges, bound, surely_in_time
+from flowprefill_sglang.sim.bound import Charges, bound
 from flowprefill_sglang.sim.configuration import STOCK_BATCH_TOKENS, Configuration
 from flowprefill_sglang.sim.engine import ClusterSettings, run
+from flowprefill_sglang.sim.hindsight import best_found
+from flowprefill_sglang.sim.intervals import Intervals
 from flowprefill_sglang.sim.machine import Machine
 from flowprefill_sglang.sim.tally import ClassTally, Tally
+from flowprefill_sglang.sim.whole_jobs import Bracket, bracket
 from flowprefill_sglang.sim.workers import WorkerSettings
+
+_FOR_EVER_S: Final = 1e9
+_APART: Final = 2.5
+"""Longest objectives between two requests that are tried at once: what one of them changes has passed by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,9 @@ class Experiment:
 
     def simulate(self, configuration: Configuration, interval_factor: float) -> Tally:
         """One run."""
+        return run(at_load(self.workload, interval_factor), self.objectives_s, self._cluster(configuration))
+
+    def _cluster(self, configuration: Configuration) -> ClusterSettings:
         worker = WorkerSettings(
             machine=self.machine,
             configuration=configuration,
@@ -52,26 +63,68 @@ class Experiment:
             switch_s=self.switch_s,
             error=self.error,
         )
-        settings = ClusterSettings(
+        return ClusterSettings(
             worker=worker, workers=self.workers, routers=self.routers, dispatch=self.dispatch, seed=self.seed
         )
-        return run(at_load(self.workload, interval_factor), self.objectives_s, settings)
 
-    def bound(self, configurations: Sequence[Configuration], interval_factor: float, window: int) -> float:
-        """The most that any schedule could attain that makes forwards like these configurations'."""
+    def bound(
+        self,
+        configurations: Sequence[Configuration],
+        interval_factor: float,
+        window: int,
+        whole_s: float | None = None,
+    ) -> float:
+        """The most that any schedule could attain that makes forwards like these configurations'.
+
+        ``whole_s``: as ``sim.bound.bound`` has it.
+        """
         charges = Charges(
             machine=self.machine,
             batch_tokens=self.batch_tokens(configurations),
             is_chunked=any(one.chunk_tokens is not None for one in configurations),
         )
         parts = windows(at_load(self.workload, interval_factor), window)
-        return bound(parts, self.objectives_s, charges, self.workers)
+        return bound(parts, self.objectives_s, charges, self.workers, whole_s=whole_s)
 
-    def surely(self, interval_factor: float) -> float:
-        """What one worker that knows the future attains for sure, without batches. The workload is one window."""
+    def without_batches(self, interval_factor: float, whole_s: float) -> Bracket:
+        """Around the requests that one worker can have in time that knows the future and makes no batches. The
+        workload is one window; ``whole_s``: seconds to spend on it."""
         charges = Charges(machine=self.machine, batch_tokens=None)
         rows = list(at_load(self.workload, interval_factor))
-        return surely_in_time(charges.job(row, self.objectives_s[row.class_name]) for row in rows) / len(rows)
+        return bracket(Intervals(charges.jobs(rows, self.objectives_s)), whole_s)
+
+    def with_hindsight(
+        self, configuration: Configuration, interval_factor: float, starts: Iterable[set[int]], rounds: int
+    ) -> int:
+        """Requests in time in the best run found of this configuration where some are left out (``sim.hindsight``).
+
+        Nothing ages, and a batch may spend all of an objective: the future holds no surprise.
+        """
+        rows = list(at_load(self.workload, interval_factor))
+        never = AgingLimits(max_wait_s=_FOR_EVER_S, max_suspend_s=_FOR_EVER_S)
+        fearless = replace(self, aging=never, batching=replace(self.batching, alpha=0.0))
+        settings = fearless._cluster(configuration)
+
+        def play(chosen: set[int]) -> set[int]:
+            numbers, in_time = sorted(chosen), set()
+
+            def ended(request: Request, at: float) -> None:
+                if at <= request.deadline_at:
+                    in_time.add(numbers[int(request.rid)])
+
+            run((rows[number] for number in numbers), self.objectives_s, settings, ended)
+            return in_time
+
+        found = best_found(
+            play,
+            [row.arrival_s for row in rows],
+            sorted(range(len(rows)), key=lambda number: rows[number].input_tokens),
+            starts,
+            rounds=rounds,
+            apart_s=_APART * max(self.objectives_s.values()),
+            seed=self.seed,
+        )
+        return len(found)
 
     def batch_tokens(self, configurations: Sequence[Configuration]) -> int | None:
         """The most tokens of a forward of several requests under any of them; None when none batches."""

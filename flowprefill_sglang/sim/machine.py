@@ -30,6 +30,9 @@ class Machine:
     handoff_base_s: float = 0.0
     handoff_token_s: float = 0.0
     """From the end of a prefill to the first token at the decode side: a fixed part, and one for each token of KV."""
+    preempt_s: float = 0.0
+    """Device time lost when a forward is stopped for another, until that begins or goes on: SGLang makes its batch. Of
+    what lies between a forward's end and the next, nothing is saved: that is part of each forward's cost."""
     host_before_s: float = 0.0
     host_after_s: float = 0.0
     """Of one core that does everything else for all workers (HTTP, tokenization, routing, decoding), in order: before a

@@ -21,15 +21,16 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]], bounds: Sequence[Mapp
         column.justify = "right"
     shown.columns[1].justify, shown.columns[1].no_wrap = "left", True
     most = {one["load"]: one["attainment"] for one in bounds}
-    surely = {one["load"]: one["surely"] for one in bounds if "surely" in one}
+    alone = {one["load"]: (one["surely"], one["without_batches"]) for one in bounds if "surely" in one}
     for load in dict.fromkeys(row["load"] for runs in rows.values() for row in runs):
         for name, runs in rows.items():
             for row in (one for one in runs if one["load"] == load):
                 shown.add_row(*_cells(name, row, most.get(load), bool(bounds), classes))
         if load in most:
             shown.add_row(f"{load:g}", "(bound)", f"{most[load]:.1%}", style="dim")
-        if load in surely:
-            shown.add_row(f"{load:g}", "(knowing the future)", f"{surely[load]:.1%}", style="dim")
+        if load in alone:
+            figures = dict.fromkeys(f"{one:.1%}" for one in alone[load])  # one, where both are the same
+            shown.add_row(f"{load:g}", "(best without batches)", " to ".join(figures), style="dim")
         shown.add_section()
     return shown
 

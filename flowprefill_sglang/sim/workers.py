@@ -238,21 +238,24 @@ class PreemptiveWorker:
     def _go_on(self, task: Task, now: float) -> None:
         if task is self._core.running:
             return
-        self._preempt(now)
+        runs_from = self._switched_at(now)
         self._core.resumed(task, now)
-        self._forwards[task].runs_from = now + self._settings.switch_s
+        self._forwards[task].runs_from = runs_from
 
     def _start(self, candidate: Candidate, others: Iterable[Candidate], now: float) -> None:
         head = self._core.request_of(candidate)
         requests = [head]
         if candidate.standing is Standing.WAITING and self._settings.is_batching:
             requests = self._core.batch_of(head, others, now, _UNLIMITED_KV_TOKENS)
-        self._preempt(now)
+        runs_from = self._switched_at(now)
         extents = [Extent(min(one.new_tokens, self._chunk_tokens), one.cached_tokens) for one in requests]
         task = self._core.started(requests, extents, now)
-        self._forwards[task] = self._device.forward(extents, now + self._settings.switch_s)
+        self._forwards[task] = self._device.forward(extents, runs_from)
 
-    def _preempt(self, now: float) -> None:
-        if self._core.running is not None:
-            self._core.preempted(now)
-            self._tally.preemptions += 1
+    def _switched_at(self, now: float) -> float:
+        """When another task can run. What runs is stopped for it."""
+        if self._core.running is None:
+            return now + self._settings.switch_s
+        self._core.preempted(now)
+        self._tally.preemptions += 1
+        return now + self._settings.switch_s + self._settings.machine.preempt_s

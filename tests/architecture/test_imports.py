@@ -57,6 +57,7 @@ MAY_IMPORT_ENGINE: dict[str, tuple[str, ...]] = {
     "psutil": ("integration/", "cluster/placement.py"),
     "tokenizers": ("workload/token_count.py",),
     "matplotlib": ("bench/",),  # the extra "plot"
+    "scipy": ("sim/whole_jobs.py",),
 }
 """Third-party packages that stay behind a seam, and the path prefixes below the package where they may be imported.
 

@@ -48,7 +48,8 @@ def test_what_it_prints_and_writes(tmp_path: Path, trace: str) -> None:
         assert [row["load"] for row in rows] == [0.5, 2.0]
         for row, bound in zip(rows, first["bound"], strict=True):
             assert row["requests"] == 60 == sum(one["count"] for one in row["classes"].values())
-            assert 0 <= row["attainment"] <= bound["attainment"] + 1e-6
+            assert 0 <= row["attainment"] <= 1
+            assert 0 < bound["attainment"] <= 1, "of the machine without the error, so it is not compared"
             assert row["load"] == bound["load"]
             assert row["goodput_rps"] == pytest.approx(row["attainment"] * row["offered_rps"], rel=1e-4)
     assert first["settings"]["objectives_s"] == {"text": 0.2, "image": 0.5, "search": 4.0, "file": 9.0}
@@ -57,6 +58,21 @@ def test_what_it_prints_and_writes(tmp_path: Path, trace: str) -> None:
     again = result("again.json")
     for key in ("policies", "bound", "workload", "settings"):
         assert json.dumps(first[key]) == json.dumps(again[key]), "the same seed gives the same bytes"
+
+
+def test_the_bound_and_the_best_without_batches(tmp_path: Path, trace: str) -> None:
+    path = tmp_path / "result.json"
+    done = simulate(
+        *("--trace", trace, "--format", "azure", "--policy", "feasible", "--load", "2", "--no-batching", "--bound"),
+        *("--bound-seconds", "20", "--json", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(best without batches)" in done.stdout
+    result = json.loads(path.read_text())
+    (bound,) = result["bound"]
+    assert result["policies"]["feasible"][0]["attainment"] <= bound["surely"] + 1e-6
+    assert bound["surely"] <= bound["without_batches"] == bound["attainment"] < 1
+    assert result["settings"]["bound_seconds"] == 20
 
 
 def test_the_generated_workload_and_objectives_of_this_machine(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def serve(
     error: float = 0.0,
     max_tasks: int = 64,
     host_s: float = 0.0,
+    preempt_s: float = 0.0,
     **cluster: object,
 ) -> tuple[Tally, list[tuple[str, float]]]:
     """What became of the rows: the tally, and each rid with the time of its first token, in order of time."""
     worker = WorkerSettings(
-        machine=replace(machine(cost), host_before_s=host_s, host_after_s=host_s),
+        machine=replace(machine(cost), host_before_s=host_s, host_after_s=host_s, preempt_s=preempt_s),
         configuration=parse(name),
         aging=AgingLimits(),
         batching=BatchLimits(),
@@ -113,6 +114,12 @@ def test_blocking_lasts_from_the_arrival_to_the_boundary() -> None:
         tally, _ = serve(name, TWO)
         assert tally.blocking.count == 1
         assert tally.blocking.longest_s == pytest.approx(blocked_s), name
+
+
+def test_a_preemption_costs_the_one_that_comes_and_an_end_nobody() -> None:
+    # Stopped at 4 s, the second runs from 4.5 to 5.5 s, and the first has its other 4 s at once.
+    assert serve("sedf", TWO, preempt_s=0.5)[1] == [("1", 5.5), ("0", 9.5)]
+    assert serve("fcfs", TWO, preempt_s=0.5)[1] == serve("fcfs", TWO)[1]
 
 
 def test_a_switch_costs_the_one_that_comes_and_the_one_that_goes_on() -> None:
@@ -203,6 +210,7 @@ workloads = st.lists(st.tuples(st.integers(0, 100), lengths), min_size=1, max_si
     switch_s=st.sampled_from([0.0, 0.125]),
     error=st.sampled_from([0.0, 0.5]),
     host_s=st.sampled_from([0.0, 0.0625]),
+    preempt_s=st.sampled_from([0.0, 0.25]),
     seed=st.integers(0, 3),
 )
 def test_every_request_arrives_once_and_ends_once(
