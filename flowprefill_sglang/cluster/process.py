@@ -176,13 +176,20 @@ def _kill(children: Sequence[ChildProcess]) -> None:
     for child in children:
         child.note_shared_memory()
         child.kill_alone()
-    deadline = time.monotonic() + _AFTERLIFE_S
-    while any(processes_of(child.pid) for child in children) and time.monotonic() < deadline:
-        time.sleep(_POLL_INTERVAL_S)
+    _wait_until_gone(children)
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+    _wait_until_gone(children)
+    for child in children:
         child.clear_shared_memory()
+
+
+def _wait_until_gone(children: Sequence[ChildProcess]) -> None:
+    """All that they have started, for a while."""
+    deadline = time.monotonic() + _AFTERLIFE_S
+    while any(processes_of(child.pid) for child in children) and time.monotonic() < deadline:
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def server_environment(folder: str, threads: int | None) -> dict[str, str]:
