@@ -226,7 +226,8 @@ def _native(
             rows, first_key = slice(start + piece.begin, start + piece.end), cached + piece.begin
             if piece.key_parts == 1:
                 seen = min(cached + new, -(-(cached + piece.end) // CPU_KEY_BLOCK) * CPU_KEY_BLOCK)
-                heads_out[rows] = attend_rows(heads_q[rows], *keys(0, seen), scale=layer.scaling, first_key=first_key)
+                q_rows, to = heads_q[rows], heads_out[rows]
+                attend_rows(q_rows, *keys(0, seen), to, scale=layer.scaling, first_key=first_key)
             else:
                 heads_out[rows] = yield from _by_keys(heads_q[rows], keys, first_key, layer.scaling, piece.key_parts)
     return out
