@@ -12,7 +12,10 @@ process until the task had stopped, which has no way through two processes in it
 Beside it, in a process of its own: the longest operator of a prompt of that length, that is the longest time between
 two boundaries of an undisturbed forward. The blocking time proper should not exceed it, but for the machine's noise.
 
+With ``--max-blocking-ms`` FlowPrefill is compared with itself, in slices for these targets (0: whole operators).
+
     python benchmarks/blocking_time.py --json result.json
+    python benchmarks/blocking_time.py --max-blocking-ms 0,20 --json result.json
 """
 
 from __future__ import annotations
@@ -25,9 +28,8 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from flowprefill_sglang.bench.endpoints import ENDPOINTS
 from flowprefill_sglang.bench.objectives import Objective
 from flowprefill_sglang.bench.plan import plan_requests
 from flowprefill_sglang.bench.report import percentile
-from flowprefill_sglang.cluster.configurations import STOCK_UNCHUNKED, flowprefill, stock_chunked
+from flowprefill_sglang.cluster.configurations import STOCK_UNCHUNKED, Configuration, flowprefill, stock_chunked
 from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
 from flowprefill_sglang.observe.events import (
     Event,
@@ -52,7 +54,7 @@ from flowprefill_sglang.observe.events import (
 from flowprefill_sglang.workload.tiny_model import make_deep_model
 from flowprefill_sglang.workload.trace import TraceRequest
 
-CONFIGURATIONS = (flowprefill(), STOCK_UNCHUNKED, stock_chunked(2048), stock_chunked(512))
+AGAINST_STOCK = (flowprefill(), STOCK_UNCHUNKED, stock_chunked(2048), stock_chunked(512))
 URGENT_TOKENS = 16
 LONG, URGENT = "file", "text"
 """Classes that every router knows."""
@@ -73,6 +75,9 @@ def main() -> int:
         "--stock-urgent", type=int, default=10, help="urgent requests for each length and stock setting"
     )
     parser.add_argument("--forwards", type=int, default=3, help="undisturbed forwards whose operators are timed")
+    parser.add_argument(
+        "--max-blocking-ms", metavar="MS,…", help="compare FlowPrefill with these targets instead of with stock SGLang"
+    )
     parser.add_argument("--layers", type=int, default=None, help="of the model")
     parser.add_argument("--seconds", type=float, default=300, help="no long prompt begins after this")
     parser.add_argument("--seed", type=int, default=1)
@@ -84,9 +89,10 @@ def main() -> int:
         options.lengths, options.preemptions, options.stock_urgent = "1024,4096", 4, 2
     lengths = [int(length) for length in options.lengths.split(",")]
     model, shape = make_deep_model(options.layers)
-    operators = time_operators(str(model), lengths, options.forwards, options.seed)
-    rows, is_pinned = asyncio.run(measure(options, model, lengths, operators))
-    summaries = summarize(lengths, rows, operators)
+    targets_ms = configurations(options.max_blocking_ms)
+    operators = time_operators(str(model), lengths, sorted(set(targets_ms.values())), options.forwards, options.seed)
+    rows, is_pinned = asyncio.run(measure(options, model, lengths, targets_ms, operators))
+    summaries = summarize(lengths, rows, targets_ms, operators)
     for row in summaries:
         print_summary(row)
     if options.json:
@@ -95,11 +101,25 @@ def main() -> int:
     return 0
 
 
-def time_operators(model: str, lengths: Sequence[int], forwards: int, seed: int) -> list[dict[str, Any]]:
+def configurations(targets: str | None) -> dict[Configuration, float]:
+    """What takes turns, each with its blocking target in milliseconds; 0: operators are whole."""
+    if targets is None:
+        return dict.fromkeys(AGAINST_STOCK, 0.0)
+    found = {}
+    for target_ms in map(float, targets.split(",")):
+        flags = ("--max-blocking-ms", f"{target_ms:g}")
+        name = f"slices-{target_ms:g}" if target_ms else "whole"
+        found[flowprefill("feasible", *flags, name=name)] = target_ms
+    return found
+
+
+def time_operators(
+    model: str, lengths: Sequence[int], targets_ms: Sequence[float], forwards: int, seed: int
+) -> list[dict[str, Any]]:
     """Times between successive boundaries of undisturbed forwards, in a process of their own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_time_operators, args=(model, lengths, forwards, seed, sender))
+    process = context.Process(target=_time_operators, args=(model, lengths, targets_ms, forwards, seed, sender))
     process.start()
     sender.close()  # so that a process that dies is noticed
     try:
@@ -109,80 +129,56 @@ def time_operators(model: str, lengths: Sequence[int], forwards: int, seed: int)
     return rows
 
 
-def _time_operators(model: str, lengths: Sequence[int], forwards: int, seed: int, out: Any) -> None:
+def _time_operators(
+    model: str, lengths: Sequence[int], targets_ms: Sequence[float], forwards: int, seed: int, out: Any
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as the workers' schedulers
-    import torch
+    from operator_gaps import OperatorGaps
 
-    from flowprefill_sglang.integration.offline_forward import OfflineEngine
-    from flowprefill_sglang.integration.preemption.operator_boundaries import install
-    from flowprefill_sglang.prefill_worker.boundaries import Gate
-
-    torch.set_num_threads(1)
-    engine = OfflineEngine(model, chunked_prefill_size=-1, max_total_tokens=32_768)
-    gate = Gate()
-    install(gate)
-    crossed_at: list[float] = []
-
-    def note() -> bool:
-        crossed_at.append(time.perf_counter())
-        return False
-
-    gate.watch(note)
-    rng = random.Random(seed)
-    rows = []
+    operators, rng, rows = OperatorGaps(model, max(lengths)), random.Random(seed), []
     for number in range(-1, forwards):  # the first one warms up
         for length in lengths:
-            request = engine.request([rng.randrange(97, 123) for _ in range(length)])
-            batch = engine.batch([request])
-            crossed_at.clear()
-            gate.open(_never)
-            crossed_at.append(time.perf_counter())
-            engine.run(batch)
-            crossed_at.append(time.perf_counter())
-            gate.close()
-            engine.release(request, keep=False)
-            if number < 0:
-                continue
-            gaps_ms = [1_000 * (b - a) for a, b in pairwise(crossed_at)]
-            rows.append(
-                {
-                    "part": "operators",
-                    "tokens": length,
-                    "boundaries": len(crossed_at) - 2,
-                    "forward_ms": round(1_000 * (crossed_at[-1] - crossed_at[0]), 3),
-                    "longest_ms": round(max(gaps_ms), 3),
-                    "median_ms": round(percentile(gaps_ms, 50), 3),
-                }
-            )
+            for target_ms in targets_ms:
+                gaps_ms = operators.gaps_ms(length, target_ms, rng)
+                if number < 0:
+                    continue
+                rows.append(
+                    {
+                        "part": "operators",
+                        "tokens": length,
+                        "target_ms": target_ms,
+                        "boundaries": len(gaps_ms) - 1,
+                        "forward_ms": round(sum(gaps_ms), 3),
+                        "longest_ms": round(max(gaps_ms), 3),
+                        "median_ms": round(percentile(gaps_ms, 50), 3),
+                    }
+                )
     out.send(rows)
 
 
-def _never() -> None:
-    raise AssertionError("an undisturbed forward was stopped")
-
-
 async def measure(
-    options: argparse.Namespace, model: Path, lengths: Sequence[int], operators: Sequence[dict[str, Any]]
+    options: argparse.Namespace,
+    model: Path,
+    lengths: Sequence[int],
+    targets_ms: Mapping[Configuration, float],
+    operators: Sequence[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], bool]:
     """One row for each urgent request that met a running long prompt."""
     rng = random.Random(options.seed)
-    forward_s = {
-        length: percentile([row["forward_ms"] / 1_000 for row in operators if row["tokens"] == length], 50)
-        for length in lengths
-    }
     rows: list[dict[str, Any]] = []
-    async with LiveWorkers(model, CONFIGURATIONS, log_dir=options.log_dir) as live:
-        for configuration in CONFIGURATIONS:
+    async with LiveWorkers(model, list(targets_ms), log_dir=options.log_dir) as live:
+        for configuration in targets_ms:
             await one_prompt(live[configuration.name], 512, [0.01], rng)  # warms it up
         deadline_at = time.monotonic() + options.seconds
-        open_cases = [(length, c) for length in lengths for c in CONFIGURATIONS]
+        open_cases = [(length, c) for length in lengths for c in targets_ms]
         while open_cases and time.monotonic() < deadline_at:
             for length, configuration in list(open_cases):
                 wanted = options.stock_urgent if configuration.is_stock else options.preemptions
                 many = 1 if configuration.is_stock else max(1, min(8, length // 512))
-                gaps_s = [rng.uniform(0.05, 0.9) * forward_s[length] for _ in range(many)]
+                forward_s = forward_ms(operators, length, targets_ms[configuration]) / 1_000
+                gaps_s = [rng.uniform(0.05, 0.9) * forward_s for _ in range(many)]
                 found = await one_prompt(live[configuration.name], length, gaps_s, rng)
                 rows += [{"part": "blocking", "configuration": configuration.name, "tokens": length} | r for r in found]
                 have = sum(r["configuration"] == configuration.name and r["tokens"] == length for r in rows)
@@ -255,14 +251,23 @@ def running_stretches(events: Sequence[Event]) -> list[tuple[float, float, list[
     return stretches
 
 
+def forward_ms(operators: Sequence[dict[str, Any]], length: int, target_ms: float) -> float:
+    """Of an undisturbed forward pass, the median."""
+    mine = [row for row in operators if (row["tokens"], row["target_ms"]) == (length, target_ms)]
+    return percentile([row["forward_ms"] for row in mine], 50)
+
+
 def summarize(
-    lengths: Sequence[int], rows: Sequence[dict[str, Any]], operators: Sequence[dict[str, Any]]
+    lengths: Sequence[int],
+    rows: Sequence[dict[str, Any]],
+    targets_ms: Mapping[Configuration, float],
+    operators: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Percentiles for each length and configuration."""
     summaries = []
     for length in lengths:
-        forwards = [row for row in operators if row["tokens"] == length]
-        for configuration in CONFIGURATIONS:
+        for configuration, target_ms in targets_ms.items():
+            forwards = [row for row in operators if (row["tokens"], row["target_ms"]) == (length, target_ms)]
             mine = [r for r in rows if r["tokens"] == length and r["configuration"] == configuration.name]
             summaries.append(
                 {
@@ -271,7 +276,7 @@ def summarize(
                     "urgent": len(mine),
                     # Of the least disturbed pass: one hiccup of the machine would excuse any blocking time.
                     "longest_operator_ms": min((row["longest_ms"] for row in forwards), default=None),
-                    "forward_ms": percentile([row["forward_ms"] for row in forwards], 50),
+                    "forward_ms": forward_ms(operators, length, target_ms),
                 }
                 | {key: _percentiles([r[key] for r in mine]) for key in ("blocked_ms", "started_ms", "proper_ms")}
             )
@@ -291,7 +296,7 @@ def print_summary(row: dict[str, Any]) -> None:
         f"{row['tokens']:6} tokens  {row['configuration']:12} {row['urgent']:3} urgent  blocked {row['blocked_ms']}  "
         f"started {row['started_ms']}" + (f"  proper {proper}" if proper else "")
     )
-    if row["configuration"] == "flowprefill":
+    if proper:
         print(f"       forward {row['forward_ms']:.1f} ms, its longest operator {row['longest_operator_ms']:.1f} ms")
 
 

@@ -9,7 +9,10 @@ The same forward pass, on a real SGLang model in this process, in turns:
 
 Prompts differ, the order of the kinds is drawn anew in each turn, and differences are taken within a turn.
 
+With ``--tp N`` instead what the lease adds at a boundary that N ranks cross together (``lease_cost.py``).
+
     OMP_NUM_THREADS=1 python benchmarks/boundary_cost.py --json result.json
+    OMP_NUM_THREADS=1 python benchmarks/boundary_cost.py --tp 2 --json result.json
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from lease_cost import measure_lease, summarize_lease
 from results_file import write_result
 
 from flowprefill_sglang.bench.report import percentile
@@ -37,7 +41,7 @@ from flowprefill_sglang.integration.preemption.operator_boundaries import instal
 from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.task import ForwardTask
-from flowprefill_sglang.workload.tiny_model import make_deep_model
+from flowprefill_sglang.workload.tiny_model import TinyModelShape, make_deep_model
 
 KINDS = ("plain", "closed", "task", "stopped")
 
@@ -68,25 +72,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="64,128,1024")
     parser.add_argument("--repeats", type=int, default=200, help="turns for each length; fewer for long ones")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks; from 2 on, what their lease costs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="smoke run: five turns")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
-    model, shape = make_deep_model()
-    engine = OfflineEngine(str(model), device="cpu", max_total_tokens=8_192, chunked_prefill_size=-1)
-    rng, rows = random.Random(options.seed), []
-    with torch.no_grad():  # as a worker's loop
-        forward = Forward(engine)
-        for tokens in map(int, options.lengths.split(",")):
-            repeats = 5 if options.quick else max(20, options.repeats * 128 // max(128, tokens))
-            rows += forward.measure(tokens, repeats, rng)
-    summary = summarize(rows)
-    for line in summary:
+    lengths = [int(length) for length in options.lengths.split(",")]
+
+    def repeats(tokens: int) -> int:
+        return 5 if options.quick else max(20, options.repeats * 128 // max(128, tokens))
+
+    if options.tp > 1:
+        rows = measure_lease(options.tp, lengths, repeats, options.seed)
+        measured: dict[str, Any] = {"ranks": options.tp, "summary": summarize_lease(rows)}
+    else:
+        rows, shape = measure(lengths, repeats, random.Random(options.seed))
+        measured = {"model": asdict(shape), "summary": summarize(rows)}
+    for line in measured["summary"]:
         print(line)
     if options.json:
-        measured = {"model": asdict(shape), "summary": summary, "rows": rows}
-        write_result(options.json, seed=options.seed, measured=measured)
+        write_result(options.json, seed=options.seed, measured=measured | {"rows": rows})
     return 0
+
+
+def measure(
+    lengths: Sequence[int], repeats: Callable[[int], int], rng: random.Random
+) -> tuple[list[dict[str, Any]], TinyModelShape]:
+    """A row for each turn, and the model's shape."""
+    model, shape = make_deep_model()
+    engine = OfflineEngine(str(model), device="cpu", max_total_tokens=8_192, chunked_prefill_size=-1)
+    rows = []
+    with torch.no_grad():  # as a worker's loop
+        forward = Forward(engine)
+        for tokens in lengths:
+            rows += forward.measure(tokens, repeats(tokens), rng)
+    return rows, shape
 
 
 class Forward:

@@ -12,30 +12,19 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from operator_gaps import WHOLE, OperatorGaps
 from results_file import write_result
 
 from flowprefill_sglang.bench.report import percentile
-from flowprefill_sglang.integration.costs.cost_model import cost_model
-from flowprefill_sglang.integration.offline_forward import OfflineEngine
-from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
-from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
-from flowprefill_sglang.integration.preemption.operator_boundaries import install
-from flowprefill_sglang.integration.preemption.operator_work import Kind, work_of
-from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
-from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.workload.tiny_model import make_deep_model
-
-WHOLE = 0.0
 
 
 def main() -> int:
@@ -54,9 +43,7 @@ def main() -> int:
     if options.quick:
         lengths, repeats = [1024], 1
     path, shape = make_deep_model()
-    torch.set_num_threads(1)
-    engine = OfflineEngine(str(path), chunked_prefill_size=-1, max_total_tokens=2 * max(lengths), log_level="error")
-    rows = measure(engine, lengths, targets, repeats, random.Random(options.seed))
+    rows = measure(OperatorGaps(str(path), max(lengths)), lengths, targets, repeats, random.Random(options.seed))
     summary = summarise(rows, lengths, targets)
     for line in summary:
         print(line)
@@ -70,60 +57,29 @@ def main() -> int:
 
 
 def measure(
-    engine: OfflineEngine, lengths: Sequence[int], targets: Sequence[float], repeats: int, rng: random.Random
+    forwards: OperatorGaps, lengths: Sequence[int], targets: Sequence[float], repeats: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     """One row for each forward pass."""
-    gate = Gate()
-    slices = SlicedOperators(gate)
-    install(gate, slices)
-    slots = AttentionSlots(engine.model_runner, gate)
-    slots.install()
-    crossed_at: list[float] = []
-
-    def note() -> bool:
-        crossed_at.append(time.perf_counter())
-        return False
-
-    gate.watch(note)
     rows = []
-    with torch.no_grad():
-        costs = cost_model(engine.scheduler, None)
-        work = work_of(engine.model_runner.model)
-        tiles = AttentionTiles(slots.build, type(engine.model_runner.attn_backend).__name__)
-        for turn in range(-1, repeats):  # the first one warms up
-            for length in lengths:
-                for target_ms in rng.sample(list(targets), len(targets)):
-                    if target_ms == WHOLE:
-                        slices.off()
-                    else:
-                        slices.set_costs(work, costs, target_ms / 1000, tiles, list(Kind))
-                    request = engine.request([rng.randrange(97, 123) for _ in range(length)])
-                    batch = engine.batch([request])
-                    gate.open(_never)
-                    crossed_at[:] = [time.perf_counter()]
-                    engine.run(batch)
-                    crossed_at.append(time.perf_counter())
-                    gate.close()
-                    engine.release(request, keep=False)
-                    gaps_ms = [1000 * (after - before) for before, after in pairwise(crossed_at)]
-                    if turn >= 0:
-                        rows.append(
-                            {
-                                "turn": turn,
-                                "tokens": length,
-                                "target_ms": target_ms,
-                                "boundaries": len(gaps_ms) - 1,
-                                "forward_ms": round(sum(gaps_ms), 3),
-                                "longest_ms": round(max(gaps_ms), 3),
-                                "p99_ms": round(percentile(gaps_ms, 99), 3),
-                                "mean_blocking_ms": round(sum(gap * gap for gap in gaps_ms) / 2 / sum(gaps_ms), 3),
-                            }
-                        )
+    for turn in range(-1, repeats):  # the first one warms up
+        for length in lengths:
+            for target_ms in rng.sample(list(targets), len(targets)):
+                gaps_ms = forwards.gaps_ms(length, target_ms, rng)
+                if turn < 0:
+                    continue
+                rows.append(
+                    {
+                        "turn": turn,
+                        "tokens": length,
+                        "target_ms": target_ms,
+                        "boundaries": len(gaps_ms) - 1,
+                        "forward_ms": round(sum(gaps_ms), 3),
+                        "longest_ms": round(max(gaps_ms), 3),
+                        "p99_ms": round(percentile(gaps_ms, 99), 3),
+                        "mean_blocking_ms": round(sum(gap * gap for gap in gaps_ms) / 2 / sum(gaps_ms), 3),
+                    }
+                )
     return rows
-
-
-def _never() -> None:
-    raise AssertionError("an undisturbed forward was stopped")
 
 
 def summarise(rows: Sequence[dict[str, Any]], lengths: Sequence[int], targets: Sequence[float]) -> list[dict[str, Any]]:

@@ -23,6 +23,9 @@ State = tuple[torch.Tensor, torch.Tensor]
 CPU_KEY_BLOCK: Final = 512
 """PyTorch's CPU attention takes the keys in blocks of so many (``kvSplitSize`` in FlashAttentionKernel.cpp). A call
 whose keys end elsewhere than at such a block's end, or at the last key, rounds differently."""
+CPU_ROW_BLOCK: Final = 512
+"""Rows of one call of it, at most: masked keys are computed too, half of all where a call has no keys before its rows.
+With fewer rows its blocks of queries become small, which costs as much."""
 LOG2_E: Final = 1.4426950408889634
 
 
@@ -75,27 +78,37 @@ def merge_states(a: State, b: State, name: Name | None = None) -> State:
     return merged, lse / LOG2_E
 
 
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, first_key: int) -> torch.Tensor:
-    """Output of query rows of which row ``r`` sees the keys up to ``first_key + r``; for CPU tensors.
+def attend_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, scale: float, first_key: int
+) -> None:
+    """Write to ``out`` the output of query rows of which row ``r`` sees the keys up to ``first_key + r``.
 
     On a CPU equal to the same rows of one causal call over all rows, bit for bit, if ``k`` ends at a multiple of
     ``CPU_KEY_BLOCK`` or at the last key of that call; keys that no row sees are masked.
     """
-    mask = q.new_zeros((q.shape[0], k.shape[0]))
-    hidden = mask[:, first_key:]
-    hidden.copy_(torch.full_like(hidden, -torch.inf).triu_(1))
-    return (
-        scaled_dot_product_attention(
-            q.movedim(0, 1)[None],
-            k.movedim(0, 1)[None],
-            v.movedim(0, 1)[None],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        .squeeze(0)
-        .movedim(0, 1)
-    )
+    for begin in range(0, q.shape[0], CPU_ROW_BLOCK):
+        end = min(q.shape[0], begin + CPU_ROW_BLOCK)
+        seen = min(k.shape[0], -(-(first_key + end) // CPU_KEY_BLOCK) * CPU_KEY_BLOCK)
+        _attend_block(q[begin:end], k[:seen], v[:seen], out[begin:end], scale, first_key + begin)
+
+
+def _attend_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, first_key: int
+) -> None:
+    (rows, heads), (keys, kv_heads) = q.shape[:2], k.shape[:2]
+    group = heads // kv_heads
+    # With the last row first, a row hides one key more than the one before it, so that all of them are windows into one
+    # line, which stays in the cache. A mask of its own for each row would be read from memory by every head.
+    line = q.new_zeros(keys + rows - 1)
+    line[first_key + rows :] = -torch.inf
+    # Groups of heads that share keys are batches: PyTorch would copy the keys for each head of a group.
+    k, v = (x.movedim(0, 1)[:, None].expand(kv_heads, group, keys, x.shape[-1]) for x in (k, v))
+    grouped = q.unflatten(1, (kv_heads, group)).movedim(0, 2).flip(2)
+    mask = line.as_strided((rows, keys), (1, 1))
+    if q.device.type != "cpu":
+        mask = mask.contiguous()  # kernels of a GPU want aligned rows
+    found = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    out.copy_(found.flip(2).movedim(2, 0).flatten(1, 2))
 
 
 def attend_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, is_diagonal: bool) -> State:
@@ -107,7 +120,9 @@ def attend_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: 
     if q.shape[-1] != v.shape[-1] or q.dtype == torch.float64 or q.device.type not in _FUSED:
         return attend_reference(q, k, v, scale=scale, first_key=0 if is_diagonal else None)
     group = q.shape[1] // k.shape[1]
-    heads_first = [x.movedim(0, 1)[None] for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    heads_first = [x.movedim(0, 1)[None] for x in (q, k, v)]
     out, lse = _FUSED[q.device.type](*heads_first, 0.0, is_diagonal, scale=scale)[:2]
     return out.squeeze(0).movedim(0, 1).contiguous(), lse.reshape(lse.shape[-2:]).movedim(0, 1).float().contiguous()
 

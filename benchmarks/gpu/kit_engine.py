@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import time
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from flowprefill_sglang.integration.preemption.attention_slots import AttentionS
 from flowprefill_sglang.integration.preemption.forward_state import ForwardState
 from flowprefill_sglang.integration.preemption.operator_boundaries import ensure_boundaries, install
 from flowprefill_sglang.integration.preemption.run_ahead import run_ahead
+from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
+from flowprefill_sglang.integration.preemption.slicing import slice_long_operators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 from flowprefill_sglang.prefill_worker.run_ahead import Cost, RunAhead
 from flowprefill_sglang.prefill_worker.settings import ACCELERATOR_MAX_BLOCKING_MS, RunAheadKind, SchedulerSettings
@@ -27,18 +30,43 @@ from flowprefill_sglang.prefill_worker.task import ForwardTask
 
 SLACK_TOKENS = 8_192
 """Of the KV pool beside the longest prompt: for the urgent one."""
+TINY_MAX_BLOCKING_MS = 0.1
+"""Of a try on tiny shapes, whose operators are short, so that there are slices."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every part."""
+class Way(StrEnum):
+    """How a task runs so that it can be stopped."""
+
+    SLICES = "slices"
+    """FlowPrefill: long operators in slices, and the device kept near."""
+    WHOLE = "whole"
+    """The same with whole operators."""
+    SYNCHRONISE = "synchronise"
+    """Whole operators, and a wait for the device at every boundary: the paper's way."""
+    UNBOUNDED = "unbounded"
+    """Whole operators, and the device as far behind as it comes."""
+
+    @property
+    def run_ahead(self) -> RunAheadKind:
+        """How far the device may be behind."""
+        return RunAheadKind(self.value) if self in (Way.SYNCHRONISE, Way.UNBOUNDED) else RunAheadKind.BUDGET
+
+
+def options_of(about: str | None) -> argparse.Namespace:
+    """The flags of every part that has an engine."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--backend", default="triton", help="SGLang's --attention-backend, on a GPU")
     parser.add_argument("--seconds", type=float, default=400.0, help="nothing more begins after this")
-    parser.add_argument("--max-blocking-ms", type=float, default=ACCELERATOR_MAX_BLOCKING_MS)
+    parser.add_argument("--max-blocking-ms", type=float)
     parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.max_blocking_ms is None:
+        options.max_blocking_ms = ACCELERATOR_MAX_BLOCKING_MS if options.device == "cuda" else TINY_MAX_BLOCKING_MS
+    return options
 
 
 def write(options: argparse.Namespace, document: dict[str, Any]) -> None:
@@ -70,24 +98,39 @@ class Bench:
         self.engine = OfflineEngine(str(path), device=options.device, log_level="error", **settings)
         self.runner = self.engine.model_runner
         self.gate = Gate()
-        install(self.gate)
+        self._slices = SlicedOperators(self.gate)
+        install(self.gate, self._slices)
         self.boundaries, _ = ensure_boundaries(self.runner.model, self.gate)
         slots = AttentionSlots(self.runner, self.gate)
         slots.reserve(2)
         slots.install()
         self.state = ForwardState(self.runner, stage_metrics=self.engine.scheduler.scheduler_stage_metrics)
-        self.predictor = Predictor(cost_model(self.engine.scheduler, None))
+        costs = cost_model(self.engine.scheduler, None)
+        self.predictor = Predictor(costs)
         self._max_blocking_ms = options.max_blocking_ms
+        target_s = SchedulerSettings(max_blocking_ms=options.max_blocking_ms).slice_target_s(options.device)
+        if target_s:
+            slice_long_operators(self.engine.scheduler, self.gate, self.state, self._slices, slots, costs, target_s)
+        self.sliced = self._slices.describe()
+        """What runs in slices, in words."""
+        self._can_slice = self._slices.is_on
         self._devices: dict[RunAheadKind, tuple[RunAhead, RunAhead | None]] = {}
         self._rng = random.Random(options.seed)
 
-    def device(self, kind: RunAheadKind) -> RunAhead:
-        """Keep the device near in this way from now on."""
+    def use(self, way: Way) -> RunAhead:
+        """Run tasks in this way from now on; none may be under way."""
+        self._slices.is_on = self._can_slice and way is Way.SLICES
+        kind = way.run_ahead
         if kind not in self._devices:
             settings = SchedulerSettings(max_blocking_ms=self._max_blocking_ms, run_ahead=kind)
             self._devices[kind] = run_ahead(self.runner, settings)
         device, self.gate.device = self._devices[kind]
         return device
+
+    @property
+    def slices(self) -> int:
+        """Run so far."""
+        return self._slices.slices
 
     def prompt(self, tokens: int) -> Any:  # SGLang's Req
         """One that shares nothing with any other."""
@@ -121,9 +164,9 @@ class Bench:
         self.engine.release(request, keep=False)
         return seconds
 
-    def task_s(self, tokens: int, kind: RunAheadKind) -> float:
+    def task_s(self, tokens: int, way: Way) -> float:
         """The same as an undisturbed task."""
-        device, request = self.device(kind), self.prompt(tokens)
+        device, request = self.use(way), self.prompt(tokens)
         task, cost = self.task(request), self.cost(tokens)
         self.synchronise()
         began = time.perf_counter()

@@ -42,7 +42,7 @@ def _blocking(axes: Any, document: dict[str, Any]) -> None:
 
 def _throughput(axes: Any, document: dict[str, Any]) -> None:
     rows = document["summary"]
-    for way in ("budget", "synchronise"):
+    for way in ("slices", "whole", "synchronise"):
         axes.plot([row["tokens"] for row in rows], [row[f"{way}_ratio"]["p50"] for row in rows], marker="o", label=way)
     axes.axhline(1.0, color="grey", linestyle="--")
     axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="throughput over stock, median")

@@ -1,14 +1,14 @@
 """From the arrival of an urgent prompt until its first kernel, against the length of the prompt that is computed then.
 
-One long prompt at a time, and some arrivals at random moments of it. On a GPU both moments are CUDA events. ``budget``
-is FlowPrefill, ``synchronise`` waits for the device at every boundary (the paper's way), ``unbounded`` lets the device
-run ahead, and ``stock-2048`` are SGLang's own forward passes of chunks of 2,048 tokens, where the urgent prompt waits
-for the running chunk only: the best that chunks can do, since stock SGLang goes on with the next one.
+One long prompt at a time, and some arrivals at random moments of it. On a GPU both moments are CUDA events. ``slices``
+is FlowPrefill, ``whole`` the same without slices, ``synchronise`` waits for the device at every boundary (the paper's
+way), ``unbounded`` lets the device run ahead, and ``stock-2048`` are SGLang's own forward passes of chunks of 2,048
+tokens, where the urgent prompt waits for the running chunk only: the best that chunks can do, since stock SGLang goes
+on with the next one.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import threading
@@ -19,7 +19,6 @@ from typing import Any
 import kit_engine
 
 from flowprefill_sglang.bench.report import percentile
-from flowprefill_sglang.prefill_worker.settings import RunAheadKind
 
 URGENT_TOKENS = 16
 STOCK = "stock"
@@ -29,15 +28,13 @@ MOST_ARRIVALS, FEWEST_TOKENS = 10, 4_096
 
 def main() -> int:
     """Measure and write; 1 when some way met no arrival."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    kit_engine.add_arguments(parser)
-    options = parser.parse_args()
+    options = kit_engine.options_of(__doc__)
     is_cuda = options.device == "cuda"
     lengths = (1_024, 4_096, 16_384, 65_536, 131_072) if is_cuda else (128, 512)
     wanted, chunk = (100, 2_048) if is_cuda else (4, 64)
     bench = kit_engine.Bench(options, lengths[-1])
     rng, deadline_at = random.Random(options.seed), time.monotonic() + options.seconds
-    ways = [*(kind.value for kind in RunAheadKind), f"{STOCK}-{chunk}"]
+    ways = [*(way.value for way in kit_engine.Way), f"{STOCK}-{chunk}"]
     rows: list[dict[str, Any]] = []
     alone_s = {length: min(bench.plain_s(length) for _ in range(2)) for length in lengths}
     for turn in range(wanted):
@@ -51,13 +48,13 @@ def main() -> int:
                 blocked_ms = (
                     behind_chunks(bench, length, chunk, delays_s)
                     if way.startswith(STOCK)
-                    else behind_task(bench, length, RunAheadKind(way), delays_s)
+                    else behind_task(bench, length, kit_engine.Way(way), delays_s)
                 )
                 rows += [
                     {"turn": turn, "tokens": length, "way": way, "blocked_ms": round(value, 4)} for value in blocked_ms
                 ]
     summary = [summarise(rows, length, way, alone_s[length]) for length in lengths for way in ways]
-    kit_engine.write(options, {"summary": summary, "rows": rows})
+    kit_engine.write(options, {"sliced": bench.sliced, "summary": summary, "rows": rows})
     for row in summary:
         print(row)
     met = {row["way"] for row in rows}
@@ -73,9 +70,9 @@ def summarise(rows: list[dict[str, Any]], length: int, way: str, alone_s: float)
     return row
 
 
-def behind_task(bench: kit_engine.Bench, length: int, kind: RunAheadKind, delays_s: Sequence[float]) -> list[float]:
+def behind_task(bench: kit_engine.Bench, length: int, way: kit_engine.Way, delays_s: Sequence[float]) -> list[float]:
     """One value for each arrival that met the long prompt, each so long after the one before it."""
-    device = bench.device(kind)
+    device = bench.use(way)
     long = bench.prompt(length)
     task, cost = bench.task(long), bench.cost(length)
     blocked_ms: list[float] = []

@@ -167,11 +167,12 @@ def row_attention(module: Any, device: torch.device, is_cuda: bool) -> Iterator[
     dtype = torch.bfloat16 if is_cuda else torch.float32
     q = torch.randn(rows, heads, width, device=device, dtype=dtype)
     k, v = (torch.randn(keys, kv_heads, width, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(q)
     pairs = rows * (keys - rows) + rows * (rows + 1) // 2
     yield Case(
         name="attend_rows",
         shape=f"{rows} rows, {keys} keys, {heads}/{kv_heads} heads of {width}, {dtype}",
-        run=lambda: module.attend_rows(q, k, v, scale=width**-0.5, first_key=keys - rows),
+        run=lambda: module.attend_rows(q, k, v, out, scale=width**-0.5, first_key=keys - rows),
         operations=4 * pairs * heads * width,
         moved_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (q, k, v)),
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kit_entry_points import CHECKOUT, child_environment
+from kit_processes import status_within
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(CHECKOUT))  # where the package is not installed
@@ -86,16 +87,15 @@ def run_part(
     arguments += ["--seconds", f"{seconds - ENDING_S:.0f}"]
     began = time.monotonic()
     with (out / f"{name}.log").open("w") as log:
-        try:
-            status = subprocess.run(
-                [sys.executable, str(HERE / script), *arguments],
-                env=child_environment(out / "entry_points"),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return {"state": "failed", "why": f"took more than {seconds:.0f} s; see {name}.log"}
+        status = status_within(
+            seconds,
+            [sys.executable, str(HERE / script), *arguments],
+            env=child_environment(out / "entry_points"),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if status is None:
+        return {"state": "failed", "why": f"took more than {seconds:.0f} s; see {name}.log"}
     took_s = round(time.monotonic() - began, 1)
     if status:
         return {"state": "failed", "why": f"status {status}; see {name}.log", "took_s": took_s}

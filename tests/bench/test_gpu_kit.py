@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,9 @@ def test_cheap_parts_run_and_are_kept(tmp_path: Path) -> None:
     correctness = written(tmp_path, "correctness-triton")
     assert correctness["summary"]["bit_equal"]
     assert correctness["summary"]["stops"] > 10
+    slices = {row["way"]: row["slices"] for row in correctness["rows"]}
+    assert slices["slices"] > 0
+    assert slices["whole"] == 0
 
     before = (tmp_path / "kernels.json").stat().st_mtime_ns
     again = run(tmp_path, "--parts", "kernels")
@@ -81,3 +86,34 @@ def test_a_checkout_that_is_not_installed_gets_its_entry_points(tmp_path: Path) 
     assert points == {
         (group, name, value) for group, entries in project["entry-points"].items() for name, value in entries.items()
     }
+
+
+STARTS_ANOTHER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(str(child.pid))
+child.wait()
+"""
+
+
+def test_a_part_that_takes_too_long_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(KIT))
+    from kit_processes import status_within
+
+    left = tmp_path / "pid"
+    assert status_within(5.0, [sys.executable, "-c", STARTS_ANOTHER, str(left)]) is None
+    assert ended(int(left.read_text()))
+    assert status_within(60.0, [sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+def ended(pid: int) -> bool:
+    """Within ten seconds. One that nobody has waited for counts."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False

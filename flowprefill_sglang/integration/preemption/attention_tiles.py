@@ -226,7 +226,8 @@ def _native(
             rows, first_key = slice(start + piece.begin, start + piece.end), cached + piece.begin
             if piece.key_parts == 1:
                 seen = min(cached + new, -(-(cached + piece.end) // CPU_KEY_BLOCK) * CPU_KEY_BLOCK)
-                heads_out[rows] = attend_rows(heads_q[rows], *keys(0, seen), scale=layer.scaling, first_key=first_key)
+                q_rows, to = heads_q[rows], heads_out[rows]
+                attend_rows(q_rows, *keys(0, seen), to, scale=layer.scaling, first_key=first_key)
             else:
                 heads_out[rows] = yield from _by_keys(heads_q[rows], keys, first_key, layer.scaling, piece.key_parts)
     return out
@@ -240,6 +241,10 @@ def _gathered(
     k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype, begin: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     places = slots[begin:end]
+    first = int(places[0])
+    if places.device.type == "cpu" and torch.equal(places, torch.arange(first, first + len(places)).to(places.dtype)):
+        run = slice(first, first + len(places))
+        return k_pool[run].to(dtype), v_pool[run].to(dtype)  # in one piece, as they mostly are: no copy for each tile
     return k_pool[places].to(dtype), v_pool[places].to(dtype)
 
 
