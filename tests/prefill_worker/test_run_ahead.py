@@ -115,7 +115,8 @@ def test_the_device_never_idles_while_the_host_keeps_up(operators: list[Operator
     host = Host(operators, oversleep_s=oversleep_s)
     host.run()
     assert host.device.idle_s <= EPSILON_S
-    if host.total_s > BUDGET_S + max(op.predicted_s for op in operators):
+    done_meanwhile_s = len(operators) * LAUNCH_S  # by the device, while the host launched
+    if host.total_s - done_meanwhile_s > BUDGET_S + max(op.predicted_s for op in operators):
         assert host.device.slept_s, "nothing was limited"
 
 
