@@ -14,7 +14,6 @@ from typing import Final
 from flowprefill_sglang.cluster.member_process import MemberProcess, end_members
 from flowprefill_sglang.cluster.members import Order, Sight
 from flowprefill_sglang.cluster.ports import free_ports
-from flowprefill_sglang.cluster.process import tail_of
 from flowprefill_sglang.cluster.process_group import available_bytes, memory_bytes
 from flowprefill_sglang.errors import FlowPrefillError, PeerFault, StartupError
 
@@ -90,7 +89,7 @@ class LocalHost:
         if process is None:
             raise PeerFault(f"{name} has no log now: no process of it runs", status=503)
         try:
-            return await asyncio.to_thread(tail_of, process.child.log, lines)
+            return await asyncio.to_thread(process.child.log_tail, lines)
         except OSError as error:
             raise PeerFault(f"the log of {name} cannot be had: {error}") from error
 

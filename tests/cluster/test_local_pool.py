@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from flowprefill_sglang.cluster.ports import require_free
-from flowprefill_sglang.cluster.process_group import processes_of
-from flowprefill_testing.clusters import wait_until
+from flowprefill_testing.leftovers import holdings_of
 from flowprefill_testing.ray_pools import UpPool
 
 pytestmark = pytest.mark.cluster
@@ -23,19 +22,13 @@ RECOVERY_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all processes of the pool."""
-    return tmp_path_factory.mktemp("tmp")
-
-
-@pytest.fixture(scope="module")
-def pool(model_path: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpPool]:
-    running = UpPool(model_path, tmp_path_factory.mktemp("local-pool"), TMPDIR=str(temporary))
+def pool(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpPool]:
+    running = UpPool(model_path, tmp_path_factory.mktemp("local-pool"))
     try:
         running.wait_ready()
         yield running
     finally:
-        running.end()
+        running.clear_away()
 
 
 def flowprefill(*arguments: str) -> str:
@@ -44,21 +37,6 @@ def flowprefill(*arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def shared_memory_of(pids: list[int]) -> set[int]:
-    """Inodes of all that they share, whoever is to remove it: a semaphore's name is not the one it was mapped under."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
-    return {int(inode) for inode in re.findall(r"(\d+) +/dev/shm/", maps)}
-
-
-def files_of(inodes: set[int]) -> list[str]:
-    return [entry.name for entry in os.scandir("/dev/shm") if entry.inode() in inodes]
-
-
-def ports_of(pids: list[int]) -> set[int]:
-    connections = [one for pid in pids for one in psutil.Process(pid).net_connections("inet")]
-    return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 def test_serves_and_shows_itself(pool: UpPool) -> None:
@@ -90,17 +68,16 @@ def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool
     assert set(statuses) == {200}
 
 
-def test_ends_and_leaves_nothing(pool: UpPool, temporary: Path) -> None:
-    groups = [pool.document["workers"][0]["pid"], *(member["pid"] for member in pool.status()["members"])]
-    pids = [pool.process.pid, *(pid for group in groups for pid in processes_of(group))]
-    shared, ports = shared_memory_of(pids), ports_of(pids)
-    kinds = {re.split("[-_]", name)[0] for name in files_of(shared)}
+def test_ends_and_leaves_nothing(pool: UpPool) -> None:
+    held = holdings_of([pool.process.pid], pool.temporary)
+    assert {member["pid"] for member in pool.status()["members"]} <= {process.pid for process in held.processes}
+    kinds = {re.split("[-_]", path.name)[0] for path in held.shared_memory}
     assert kinds >= {"sem.mp", "sglang"}, "what Python and SGLang may leave is looked at"
-    assert len(ports) >= 6
+    assert len(held.listening) >= 6
     assert pool.end() == 0
-    wait_until(lambda: not any(processes_of(group) for group in groups), timeout_s=20)
-    assert files_of(shared) == []
-    assert {folder.name for folder in temporary.iterdir()} <= {f"torchinductor_{os.getuid()}"}, "kept for next time"
-    for port in ports:
+    psutil.wait_procs(held.processes, timeout=20)
+    assert held.left() == []
+    assert {path.name for path in pool.temporary.iterdir()} <= {f"torchinductor_{os.getuid()}"}, "kept for next time"
+    for _, port in held.listening:
         require_free("127.0.0.1", port)
     assert not pool.ready_file.exists()

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from flowprefill_sglang.observe.events import (
@@ -16,7 +18,7 @@ from flowprefill_sglang.observe.events import (
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
 from flowprefill_sglang.wire.messages import Dispatch, Heartbeat, Phase, Progress
-from flowprefill_testing.link_ends import WAIT, linked
+from flowprefill_testing.link_ends import WAIT, Router, linked
 
 
 def started(*rids: str) -> Event:
@@ -33,24 +35,31 @@ def resumed(*rids: str) -> Event:
     return TaskResumed(at=3, task=1, rids=list(rids), suspended_s=1)
 
 
+@asynccontextmanager
+async def reported(folder: Path) -> AsyncIterator[tuple[Router, SchedulerReporter]]:
+    """A link whose engine's scheduler reports."""
+    endpoint = f"ipc://{folder}/events"
+    feed, reporter = EventFeed(endpoint), SchedulerReporter(endpoint)
+    feed.open()
+    try:
+        async with linked(feed=feed) as (router, _, _):
+            yield router, reporter
+    finally:
+        reporter.close()
+        feed.close()
+
+
 def test_what_the_scheduler_does_is_told_to_the_router(tmp_path: Path) -> None:
     async def scenario() -> None:
-        endpoint = f"ipc://{tmp_path}/events"
-        feed, reporter = EventFeed(endpoint), SchedulerReporter(endpoint)
-        feed.open()
-        try:
-            async with linked(feed=feed) as (router, _, _):
-                await router.send(Dispatch(rid="a", path="/generate"), WAIT)
-                await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
-                for event in (started("a", "stranger"), preempted("a", "stranger"), resumed("a", "stranger")):
-                    reporter.record(event)
-                reporter.flush()
-                for phase in (Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED):
-                    progress, _ = await router.receive(Progress, lambda told: told.phase != Phase.QUEUED)
-                    assert progress == Progress(rid="a", phase=phase)
-        finally:
-            reporter.close()
-            feed.close()
+        async with reported(tmp_path) as (router, reporter):
+            await router.send(Dispatch(rid="a", path="/generate"), WAIT)
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 1)
+            for event in (started("a", "stranger"), preempted("a", "stranger"), resumed("a", "stranger")):
+                reporter.record(event)
+            reporter.flush()
+            for phase in (Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED):
+                progress, _ = await router.receive(Progress, lambda told: told.phase != Phase.QUEUED)
+                assert progress == Progress(rid="a", phase=phase)
 
     asyncio.run(scenario())
 
@@ -63,28 +72,21 @@ def test_prompts_of_a_batch_speak_for_their_dispatch_until_they_end(tmp_path: Pa
         return RequestEnded(at=1, rid=rid, outcome=Outcome.PREFILLED, slo_class="", first_token_s=1, is_in_time=True)
 
     async def scenario() -> None:
-        endpoint = f"ipc://{tmp_path}/events"
-        feed, reporter = EventFeed(endpoint), SchedulerReporter(endpoint)
-        feed.open()
-        try:
-            async with linked(feed=feed) as (router, _, _):
-                await router.send(Dispatch(rid="batch", path="/generate"), b'{"rid": ["b0", "b1"], "text": "wait"}')
-                await router.send(Dispatch(rid="last", path="/generate"), WAIT)
-                await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 2)
-                for event in (
-                    *(arrived("b0"), arrived("b1"), started("b0"), preempted("b0"), started("b1")),
-                    *(ended("b0"), ended("b1"), preempted("b1"), started("last")),
-                ):
-                    reporter.record(event)
-                reporter.flush()
-                told = []
-                while not told or told[-1].rid != "last":
-                    told.append((await router.receive(Progress, lambda told: told.phase != Phase.QUEUED))[0])
-                phases = [message.phase for message in told[:-1]]
-                assert {message.rid for message in told[:-1]} == {"batch"}
-                assert phases == [Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED], "one that has ended is forgotten"
-        finally:
-            reporter.close()
-            feed.close()
+        async with reported(tmp_path) as (router, reporter):
+            await router.send(Dispatch(rid="batch", path="/generate"), b'{"rid": ["b0", "b1"], "text": "wait"}')
+            await router.send(Dispatch(rid="last", path="/generate"), WAIT)
+            await router.receive(Heartbeat, lambda beat: beat.load.in_flight == 2)
+            for event in (
+                *(arrived("b0"), arrived("b1"), started("b0"), preempted("b0"), started("b1")),
+                *(ended("b0"), ended("b1"), preempted("b1"), started("last")),
+            ):
+                reporter.record(event)
+            reporter.flush()
+            told = []
+            while not told or told[-1].rid != "last":
+                told.append((await router.receive(Progress, lambda told: told.phase != Phase.QUEUED))[0])
+            phases = [message.phase for message in told[:-1]]
+            assert {message.rid for message in told[:-1]} == {"batch"}
+            assert phases == [Phase.STARTED, Phase.PREEMPTED, Phase.RESUMED], "one that has ended is forgotten"
 
     asyncio.run(scenario())

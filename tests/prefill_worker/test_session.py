@@ -19,27 +19,14 @@ from flowprefill_sglang.wire.messages import (
     Draining,
     Goodbye,
     Heartbeat,
-    Hello,
     HelloAgain,
-    Limits,
     Phase,
     Progress,
     Refused,
     Welcome,
 )
+from flowprefill_testing.link_ends import HELLO
 
-HELLO = Hello(
-    protocol=PROTOCOL_VERSION,
-    name="w0",
-    incarnation="abc",
-    version="1",
-    model="m",
-    http_url="http://h:1",
-    bootstrap_host="h",
-    bootstrap_port=2,
-    transfer_backend="zmq",
-    limits=Limits(max_context_tokens=1, max_kv_tokens=1, page_tokens=1, max_running_requests=1),
-)
 WELCOME = Welcome(protocol=PROTOCOL_VERSION, router="r", heartbeat_interval_s=1.0, dead_after_s=3.0)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -17,6 +18,18 @@ from flowprefill_sglang.wire.framing import decode_from_worker, encode
 from flowprefill_sglang.wire.messages import PROTOCOL_VERSION, Drain, Heartbeat, Hello, Limits, Welcome
 
 WAIT = b'{"rid": "a", "text": "wait"}'
+HELLO = Hello(
+    protocol=PROTOCOL_VERSION,
+    name="w0",
+    incarnation="i",
+    version="1",
+    model="m",
+    http_url="http://h:1",
+    bootstrap_host="h",
+    bootstrap_port=2,
+    transfer_backend="zmq",
+    limits=Limits(max_context_tokens=1, max_kv_tokens=1, page_tokens=1, max_running_requests=1),
+)
 BEAT_S = 0.05
 WELCOME = Welcome(protocol=PROTOCOL_VERSION, router="test", heartbeat_interval_s=BEAT_S, dead_after_s=30.0)
 
@@ -67,19 +80,7 @@ class PlainEngine:
         return self.controlled
 
     async def hello(self, config):
-        limits = Limits(max_context_tokens=1, max_kv_tokens=1, page_tokens=1, max_running_requests=1)
-        return Hello(
-            protocol=PROTOCOL_VERSION,
-            name=config.name,
-            incarnation="i",
-            version="1",
-            model="m",
-            http_url="http://h:1",
-            bootstrap_host="h",
-            bootstrap_port=2,
-            transfer_backend="zmq",
-            limits=limits,
-        )
+        return msgspec.structs.replace(HELLO, name=config.name)
 
 
 class Router:

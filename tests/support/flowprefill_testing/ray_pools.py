@@ -44,7 +44,7 @@ def ray_nodes(workers: int) -> Iterator[Any]:
 class UpPool:
     """``up``, its control port, and its requests."""
 
-    def __init__(self, model_path: Path, folder: Path, *more: str, **environment: str) -> None:
+    def __init__(self, model_path: Path, folder: Path, *more: str) -> None:
         self.ready_file, self.log = folder / "ready.json", folder / "up.log"
         self.temporary = Path(tempfile.mkdtemp(prefix="up-", dir="/tmp"))  # a short path: it holds sockets
         """For the temporary files of ``up``, of its members, and of a Ray of its own. ``clear_away`` removes it."""
@@ -55,7 +55,7 @@ class UpPool:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "TMPDIR": str(self.temporary), **environment},
+                env={**os.environ, "TMPDIR": str(self.temporary)},
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
