@@ -201,6 +201,19 @@ class Dispatcher:
         if prompt_bytes:
             self._ratio.observe(prompt_bytes, prompt_tokens(bytes(answer)))
 
+    def tries_again(self, handling: Handling) -> None:
+        """Count and log that a request goes to another pair."""
+        self.retries += 1
+        exchange = handling.exchange
+        event(
+            log,
+            logging.INFO,
+            "request_retried",
+            rid=handling.rid,
+            attempts=exchange.attempts,
+            reason=exchange.last_failure,
+        )
+
     def _account(self, handling: Handling) -> None:
         exchange, now = handling.exchange, time.monotonic()
         if exchange.outcome is None:  # the server cancelled it while it waited in the queue

@@ -2,8 +2,8 @@
 
 Two sides work on a request at once, and either can fail, answer first, or fall silent, while the client can leave. The
 rules: exactly one ``Outcome``; a side that still works when the outcome is known is told to stop; another pair is tried
-only while the client has not seen a byte, and only when a side died, could not be reached, or the handoff between them
-broke.
+only while the client has not seen a byte, and only when a side died, could not be reached, or answered that it failed
+(5xx): as a rule that is the handoff between the two, and often the other side is what died.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class Exchange:
         self._abort_asked = False
         self._last_failure: tuple[Outcome, PeerFault] | None = None
 
+    @property
+    def last_failure(self) -> str:
+        """Why the attempt before this one failed, or nothing."""
+        return "" if self._last_failure is None else str(self._last_failure[1])
+
     def start(self) -> None:
         """Both sides have been given the request. Raises InternalError when they had it already."""
         if self.outcome is not None or Side.WORKING in (self.prefill, self.decode):
@@ -94,9 +99,8 @@ class Exchange:
             return ()  # after an abort, the decode side's answer says so
         if status < 500 and status != CLIENT_CLOSED and not self.answering:
             return (*self._stop_both(), Step.ANSWER_PREFILL, *self._end(Outcome.REJECTED))
-        return self._fail(
-            Outcome.PREFILL_FAILED, PeerFault(f"prefill failed with status {status}{detail}", code="prefill_failed")
-        )
+        error = PeerFault(f"prefill failed with status {status}{detail}", code="prefill_failed")
+        return self._fail(Outcome.PREFILL_FAILED, error, may_retry=status >= 500)
 
     def prefill_lost(self, reason: str) -> Steps:
         """The prefill worker died, or the request never reached it."""
@@ -125,8 +129,8 @@ class Exchange:
             return ()
         if status >= 500 and status != 503 and not self.answering:
             error = PeerFault(f"decode failed with status {status}{detail}", code="decode_failed")
-            # Before prefill is done, what fails on the decode side is the handoff: often the other worker just died.
-            return self._fail(Outcome.DECODE_FAILED, error, may_retry=self.prefill is Side.WORKING)
+            # Also once prefill has answered: its worker can die between that and the end of the handoff.
+            return self._fail(Outcome.DECODE_FAILED, error, may_retry=True)
         relay = () if self.answering else (Step.RELAY,)
         self.answering = True
         if self._abort_asked:

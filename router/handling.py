@@ -148,7 +148,7 @@ class Handling:
                 if not self._retry:
                     return
                 self._release_pair()
-                self._dispatcher.retries += 1
+                self._dispatcher.tries_again(self)
         except Exception as error:  # the edge of this request: neither side may be left waiting
             log.exception("request_broke", extra={FIELDS: {"rid": self.rid}})
             self._do(self.exchange.broke(InternalError(f"the router failed: {type(error).__name__}")))

@@ -89,7 +89,7 @@ def test_grows_loses_a_worker_and_shrinks_under_load_without_a_lost_request(pool
         assert flowprefill("scale", "--prefill", "1", "--ready-file", ready)[0] == 0
         pool.wait(lambda: sorted(pool.states()) == ["decode-0", "prefill-0"], RECOVERY_S)
     assert len(statuses) > 5
-    assert set(statuses) == {200}
+    assert set(statuses) == {200}, pool.router_says("request_")
 
 
 def test_a_killed_process_is_replaced(pool: RayPool) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import Cluster, wait_until
+from flowprefill_testing.clusters import answers as answers_at
 from flowprefill_testing.direct import Answer, Pair
 from flowprefill_testing.http import generate, get
 
@@ -100,15 +101,20 @@ def test_an_idle_worker_sleeps(wide: Cluster) -> None:
     assert max(used) < (time.monotonic() - began_at) / 4, used
 
 
-def test_a_killed_rank_ends_the_worker(wide: Cluster, pair: Pair) -> None:
-    """The last test here: the cluster has no other prefill worker, and ends with this one."""
+def test_a_killed_rank_ends_the_worker_and_another_takes_its_place(wide: Cluster, pair: Pair, stock_url: str) -> None:
+    """The last test here: the new worker is another process, elsewhere."""
     _, answers = three_deep(pair, 950)
+    before = psutil.Process(wide.workers["prefill-0"]["pid"])
     os.kill(schedulers(wide)[1].pid, signal.SIGKILL)
-    assert wide.process.wait(60) != 0
+    before.wait(60)
     log = (wide.log_dir / "prefill-0.log").read_text(errors="replace")
     assert "rank 1 of this worker has ended" in log
     for answer in answers:
         assert answer.prefill.exception(60) is not None or answer.prefill.result()[0] != 200
+    wait_until(lambda: not answers_at(f"{wide.url}/readiness"), wide.process, timeout_s=30)
+    wait_until(lambda: answers_at(f"{wide.url}/readiness"), wide.process, timeout_s=120)
+    body = prompts.ids(LONG, 960)
+    assert generate(wide.url, input_ids=body)["output_ids"] == expected(stock_url, body)
 
 
 def schedulers(cluster: Cluster) -> list[psutil.Process]:

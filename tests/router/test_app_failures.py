@@ -66,7 +66,7 @@ def test_an_error_that_a_stream_begins_with_is_a_status(first: str) -> None:
 
 @in_loop
 async def test_a_failed_prefill_is_a_502_and_decode_is_aborted() -> None:
-    async with bench(prefill=silent, decode=never) as one:
+    async with bench(prefill=silent, decode=never, disable_retries=True) as one:
         asked = asyncio.create_task(one.generate())
         await until(lambda: one.decode.bodies and one.prefill.bodies)
         rid = one.prefill.bodies[0]["rid"]

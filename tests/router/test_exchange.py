@@ -35,7 +35,7 @@ def test_decode_may_be_done_before_prefill_has_answered() -> None:
     ("status", "outcome"), [(400, Outcome.REJECTED), (499, "prefill_failed"), (500, "prefill_failed")]
 )
 def test_a_prefill_error_cuts_decode(status: int, outcome: Outcome) -> None:
-    one = started(retries=2)
+    one = started(retries=0 if status >= 500 else 2)
     steps = one.prefill_answered(status)
     assert steps[0] is Step.CUT_DECODE
     assert steps[-1] is Step.FINISH
@@ -50,7 +50,7 @@ def test_a_decode_error_aborts_prefill() -> None:
 
 
 def test_a_decode_server_error_becomes_a_502() -> None:
-    one = started(retries=2)
+    one = started()
     one.prefill_answered(200)
     assert one.decode_answered(500, ": oops") == (Step.FINISH,)
     assert one.error is not None
@@ -67,6 +67,17 @@ def test_a_lost_side_is_retried_as_often_as_allowed() -> None:
 
 def test_a_broken_handoff_is_retried() -> None:
     assert started(retries=1).decode_answered(500) == (Step.ABORT_PREFILL, Step.RETRY)
+
+
+def test_a_handoff_that_breaks_after_prefill_has_answered_is_retried() -> None:
+    """The worker dies with the answer given and pages of the cache still to send."""
+    one = started(retries=1)
+    one.prefill_answered(200)
+    assert one.decode_answered(500) == (Step.RETRY,)
+
+
+def test_a_worker_that_says_it_failed_is_retried() -> None:
+    assert started(retries=1).prefill_answered(500) == (Step.CUT_DECODE, Step.RETRY)
 
 
 def test_nothing_is_retried_once_the_client_has_seen_something() -> None:

@@ -104,6 +104,11 @@ class UpPool:
         except urllib.error.HTTPError as error:
             return error.code
 
+    def router_says(self, event: str) -> list[str]:
+        """The last lines of the router's log about such events."""
+        with urllib.request.urlopen(self.document["control"] + "/logs/router?lines=1000", timeout=10) as answer:
+            return [line for line in answer.read().decode().splitlines() if event in line]
+
     @contextlib.contextmanager
     def load(self) -> Iterator[list[int]]:
         """Two clients that ask one request after another meanwhile; the statuses, complete at the end."""
