@@ -4,8 +4,9 @@ First the decision alone, in this process: rounds of the worker's scheduler as i
 ranking, fill the batch, note the start), with 10, 100 and 1,000 requests waiting, for each policy. Each round comes
 after an event, an arrival or a completion in turn, and the number of those waiting stays what it is.
 
-Then a live worker under a burst of many requests at once: rounds per request, and the round's own time as the worker
-reports it, which has SGLang's process around it.
+Then a live worker: rounds per request, and the round's own time as the worker reports it, which has SGLang's process
+around it. First under a burst of many requests at once, of which it serves most while the others come; then in a crowd:
+long prompts first, with equal objectives, so that a thousand short ones wait behind them.
 
     python benchmarks/scheduling_rounds.py --json result.json
 """
@@ -34,7 +35,7 @@ from flowprefill_sglang.bench.objectives import unscaled_objectives
 from flowprefill_sglang.bench.plan import plan_requests
 from flowprefill_sglang.bench.report import percentile
 from flowprefill_sglang.cluster.configurations import flowprefill
-from flowprefill_sglang.cluster.side_by_side import LiveWorker, LiveWorkers
+from flowprefill_sglang.cluster.side_by_side import KV_POOL_TOKENS, LiveWorker, LiveWorkers
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.core.policies import POLICIES
@@ -43,11 +44,14 @@ from flowprefill_sglang.observe.events import RequestEnded, RoundDone, TaskFinis
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.workload.generator import generate_workload
 from flowprefill_sglang.workload.tiny_model import make_deep_model
-from flowprefill_sglang.workload.trace import cap_outputs, scale_lengths
+from flowprefill_sglang.workload.trace import TraceRequest, cap_outputs, scale_lengths
 
 COST = CostModel(base_s=0.01, short_token_s=1e-4, long_token_s=1e-4, pair_s=1e-8)
 """Any cost model: rounds do not depend on how long prefills take, only on whether they are predicted to be on time."""
 KV_TOKENS = 1_000_000
+CROWD_FRONT_TOKENS = (16_000, 16_000)
+"""What a crowd waits behind: it must take longer than the crowd takes to come."""
+SHORT_TOKENS = 64
 OBJECTIVES_S = {"text": 0.25, "image": 0.5, "search": 4.0, "file": 6.0}
 
 
@@ -139,18 +143,39 @@ def _percentiles_us(values_s: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": round(percentile(values_us, p), 1) for p in (50, 90, 99, 99.9)} | {"max": round(max(values_us), 1)}
 
 
-async def measure_worker(worker: LiveWorker, *, requests: int, seed: int) -> dict[str, Any]:
-    """A burst: all requests within a second. Rounds, preemptions and their times from the worker's own events."""
-    trace = cap_outputs(
+def burst_of(requests: int, seed: int) -> list[TraceRequest]:
+    """All within a second, of all lengths."""
+    return cap_outputs(
         scale_lengths(generate_workload(requests=requests, rate_rps=requests, seed=seed).requests, 0.05), 1
     )
+
+
+def crowd_of(requests: int) -> list[TraceRequest]:
+    """Long ones, and then so many short ones at once. With one objective for all, nobody overtakes."""
+    lengths = [*CROWD_FRONT_TOKENS, *[SHORT_TOKENS] * requests]
+    return [
+        TraceRequest(
+            arrival_s=0.0 if place < len(CROWD_FRONT_TOKENS) else 0.1,
+            input_tokens=tokens,
+            output_tokens=1,
+            class_name="file",
+        )
+        for place, tokens in enumerate(lengths)
+    ]
+
+
+async def measure_worker(
+    worker: LiveWorker, kind: str, trace: Sequence[TraceRequest], *, objective_s: float, seed: int
+) -> dict[str, Any]:
+    """Rounds, preemptions and their times from the worker's own events."""
+    requests = len(trace)
     plan = plan_requests(
         trace,
         run_id=f"rounds-{uuid.uuid4().hex[:12]}",
         seed=seed,
         endpoint=ENDPOINTS["generate"],
         model="",
-        objectives=unscaled_objectives(20.0),
+        objectives=unscaled_objectives(objective_s),
     )
     began_at = time.monotonic()
     records = await replay(worker.url, plan, timeout_s=300)
@@ -163,6 +188,7 @@ async def measure_worker(worker: LiveWorker, *, requests: int, seed: int) -> dic
     crowded_s = [event.duration_s for event in rounds if event.waiting >= requests / 2]
     return {
         "part": "worker",
+        "kind": kind,
         "requests": requests,
         "failed": sum(record.error is not None for record in records),
         "ended": ended,
@@ -182,10 +208,15 @@ async def measure_worker(worker: LiveWorker, *, requests: int, seed: int) -> dic
 
 async def live_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, _ = make_deep_model()
-    async with LiveWorkers(model, [flowprefill()], log_dir=options.log_dir) as live:
-        worker = live["flowprefill"]
-        await measure_worker(worker, requests=20, seed=options.seed + 100)
-        return [await measure_worker(worker, requests=options.burst, seed=options.seed)]
+    # A waiting request has a slot on both sides, and its decode instance has set aside KV for prompt and answer.
+    flags = ["--max-total-tokens", str(4 * KV_POOL_TOKENS), "--max-running-requests", str(options.burst + 100)]
+    flags += ["--num-reserved-decode-tokens", "1"]
+    async with LiveWorkers(model, [flowprefill()], log_dir=options.log_dir, flags=flags) as live:
+        worker, seed = live["flowprefill"], options.seed
+        await measure_worker(worker, "warm-up", burst_of(20, seed + 100), objective_s=20.0, seed=seed + 100)
+        burst = await measure_worker(worker, "burst", burst_of(options.burst, seed), objective_s=20.0, seed=seed)
+        crowd = await measure_worker(worker, "crowd", crowd_of(options.burst), objective_s=600.0, seed=seed + 1)
+        return [burst, crowd]
 
 
 def main() -> int:

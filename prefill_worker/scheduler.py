@@ -289,6 +289,9 @@ class PrefillScheduler:
         Under ``feasible``, others join in S-EDF order: that policy counts each request at what it takes alone, so it
         has put some behind that a batch carries in time (docs/scheduling.md has the figures).
         """
+        limits = self._batching
+        if limits.max_requests == 1 or head.new_tokens >= limits.max_new_tokens or len(self._requests) == 1:
+            return [head]
         if self._joins_in_sedf_order:
             others = in_sedf_order(self._in_deadline_order, now)
         batch = fill_batch(
@@ -298,7 +301,7 @@ class PrefillScheduler:
             extent_of=self._extent_if_waiting,
             predict=self.predictor.seconds,
             kv_room_tokens=kv_room_tokens,
-            limits=self._batching,
+            limits=limits,
         )
         return [self._requests[candidate] for candidate in batch.members]
 

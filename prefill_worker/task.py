@@ -1,9 +1,9 @@
 """A forward pass that can stop at an operator boundary, keep all it has computed, and go on later.
 
-A task is a greenlet on the scheduler's own thread. The *hub*, the greenlet that runs the scheduler's loop, starts and
-resumes it with ``advance``; at a boundary with an event pending, control comes back to the hub. Why greenlets and not
-threads: no locks around the engine's module-level state, a switch costs less than a microsecond instead of ten, and a
-task can be ended cleanly where it stands.
+A task runs in a greenlet on the scheduler's own thread, a *carrier* (``carriers``). The *hub*, the greenlet that runs
+the scheduler's loop, starts and resumes it with ``advance``; at a boundary with an event pending, control comes back to
+the hub. Why greenlets and not threads: no locks around the engine's module-level state, a switch costs less than a
+microsecond instead of ten, and a task can be ended cleanly where it stands.
 
 What tasks share lies outside of them in module globals, attributes and thread-local modes. ``SharedState`` moves it:
 
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.boundaries import Gate
-from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
+from flowprefill_sglang.prefill_worker.carriers import carriers
 
 Result = TypeVar("Result")
 
@@ -58,9 +57,10 @@ class ForwardTask(Generic[Result]):
         self._run = run
         self._gate = gate
         self._state = state
-        self._greenlet = greenlet(partial(with_frame_room, self._body))
+        self._carrier: greenlet | None = None
         self._hub = getcurrent()
         self._saved: object = None
+        self._failure: BaseException | None = None
         self._results: list[Result] = []
         self.is_over = False
         """Ended, failed or discarded."""
@@ -72,7 +72,7 @@ class ForwardTask(Generic[Result]):
     @property
     def is_started(self) -> bool:
         """Whether ``advance`` has been called."""
-        return bool(self._greenlet) or self.is_over
+        return self._carrier is not None or self.is_over
 
     @property
     def result(self) -> Result:
@@ -97,49 +97,60 @@ class ForwardTask(Generic[Result]):
         operators. Nothing happens to one that is over. Raises what those blocks raise."""
         if self.is_over:
             return
-        if not self._greenlet:
-            self._end()
+        if self._carrier is None:
+            self.is_over = True
             return
         self._switch(to_end_it=True)
 
     def _switch(self, *, to_end_it: bool) -> bool:
         """Change to the task and back, with the shared state: let it run, or throw GreenletExit into it."""
-        state, task = self._state, self._greenlet
-        task.parent = self._hub = getcurrent()  # where a stop, an end and an exception lead
+        state, carrier = self._state, self._carrier
+        starts = carrier is None
         hubs = state.save()
-        if task:
+        if carrier is None:
+            carrier = self._carrier = carriers().take()
+            carrier.gr_context = copy_context()
+        else:
             saved, self._saved = self._saved, None
             state.restore(saved)
-        else:
-            task.gr_context = copy_context()
+        carrier.parent = self._hub = getcurrent()  # where a stop, an end and an exception lead
         try:
             if to_end_it:
-                task.throw()
+                carrier.throw()
             else:
                 self._gate.open(self._suspend)
-                task.switch()
+                carrier.switch(self._body) if starts else carrier.switch()
         finally:
             self._gate.close()
-            if task.dead:
-                self._end()
-            if self.suspensions or not task.dead:
+            if self.is_over:
+                self._carrier = None
+                carriers().give_back(carrier)
+            if self.suspensions or not self.is_over:
                 state.restore(hubs)  # else nothing came between: a forward leaves what it always leaves
+        if self._failure is not None:
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # or frames and exception would hold one another
         state.check()
         return self.is_over
 
     def _body(self) -> None:
-        self._results.append(self._run())
+        try:
+            self._results.append(self._run())
+        except GreenletExit:
+            raise  # a task that was discarded takes its carrier with it
+        except BaseException as failure:  # for the hub, which raises it
+            self._failure = failure
+        finally:
+            self.is_over = True
 
     def _suspend(self) -> None:
         """Called inside of the task, at a boundary."""
-        if getcurrent() is not self._greenlet or not self._state.may_stop():
+        if getcurrent() is not self._carrier or not self._state.may_stop():
             self.postponed += 1
             self._gate.cannot_stop()
             return
         self._saved = self._state.save()
         self.suspensions += 1
         self._hub.switch()
-
-    def _end(self) -> None:
-        self.is_over = True
-        self._saved = None

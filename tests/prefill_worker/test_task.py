@@ -6,12 +6,14 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import Thread
+from typing import Any
 
 import pytest
 from greenlet import greenlet
 
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.boundaries import Gate
+from flowprefill_sglang.prefill_worker.carriers import MAX_IDLE
 from flowprefill_sglang.prefill_worker.task import ForwardTask
 
 HUB = "hub's"
@@ -161,8 +163,13 @@ def test_discard_runs_finally_blocks_under_the_tasks_state_and_no_boundary(world
     other.discard()
 
 
+def greenlets() -> int:
+    gc.collect()
+    return sum(type(found) is greenlet and not found.dead for found in gc.get_objects())
+
+
 @pytest.mark.parametrize("how", ["finished", "failed", "discarded"])
-def test_a_task_that_is_over_holds_nothing_and_leaves_no_greenlet(world: World, how: str) -> None:
+def test_a_task_that_is_over_holds_nothing_and_gives_its_greenlet_back(world: World, how: str) -> None:
     """What its frames named, a suspended pass's activations, is free, though the task itself is still known."""
     held: list[weakref.ref[World]] = []
 
@@ -174,23 +181,52 @@ def test_a_task_that_is_over_holds_nothing_and_leaves_no_greenlet(world: World, 
             raise ZeroDivisionError
         return "done"
 
-    def greenlets() -> int:
-        gc.collect()
-        return sum(type(found) is greenlet and not found.dead for found in gc.get_objects())
-
+    world.task(lambda: "leaves an idle carrier").advance()
     before = greenlets()
     task = world.task(run)
     task.advance()
     assert held[0]() is not None, "it is suspended"
-    assert greenlets() == before + 1
+    assert greenlets() == before
     if how == "discarded":
         task.discard()
     else:
         with contextlib.suppress(ZeroDivisionError):
             task.advance()
     assert task.is_over
-    assert greenlets() == before
+    assert greenlets() == before - (how == "discarded")
     assert held[0]() is None
+
+
+def test_carriers_of_many_suspended_tasks_are_not_all_kept(world: World) -> None:
+    before = greenlets()
+    tasks = [world.forward(f"task {number}") for number in range(3 * MAX_IDLE)]
+    for task in tasks:
+        task.advance()
+    assert greenlets() >= before + 2 * MAX_IDLE
+    for task in tasks:
+        while not task.is_over:
+            task.advance()
+    assert greenlets() <= before + MAX_IDLE
+
+
+def test_an_idle_carrier_keeps_neither_task_nor_context(world: World) -> None:
+    variable: ContextVar[World] = ContextVar("variable")
+
+    def run() -> str:
+        variable.set(World())
+        kept.append(weakref.ref(variable.get()))
+        return "done"
+
+    kept: list[weakref.ref[Any]] = []
+    task = world.task(run)
+    kept.append(weakref.ref(task))
+    task.advance()
+    del task
+    gc.collect()
+    assert [found() for found in kept] == [None, None]
+    seen: list[World | None] = []
+    world.task(lambda: seen.append(variable.get(None)) or "done").advance()
+    assert seen == [None]
 
 
 def test_discard_of_a_task_that_never_started_runs_nothing(world: World) -> None:

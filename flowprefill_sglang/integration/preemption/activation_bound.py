@@ -8,6 +8,7 @@ at a boundary, but for the output of one that runs in slices. The bound is the l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,20 +22,30 @@ LAYER_WIDTHS: Final = 4
 a linear or expert layer that is stopped between two of its slices."""
 
 
-def activation_bytes(
+@dataclass(frozen=True, slots=True)
+class ActivationBound:
+    """Upper bound, in bytes per rank, of what a forward holds at any boundary."""
+
+    new_token_bytes: int
+    """For each token that it computes."""
+
+    def bytes(self, new_tokens: int, cached_tokens: int = 0) -> int:
+        """Of a forward over ``new_tokens`` behind a cached prefix of ``cached_tokens``."""
+        return new_tokens * self.new_token_bytes + cached_tokens * CACHED_INDEX_BYTES
+
+
+def activation_bound(
     model_config: Any,  # SGLang's ModelConfig
-    new_tokens: int,
-    cached_tokens: int = 0,
     *,
     dtype: torch.dtype | None = None,
     tp_size: int = 1,
-) -> int:
-    """Upper bound, in bytes per rank, of what a forward over ``new_tokens`` holds at any boundary."""
+) -> ActivationBound:
+    """The bound for a model; ``dtype``: of its activations, where it is not that of the configuration."""
     item_bytes = (dtype or model_config.dtype).itemsize
     width = (
         LAYER_WIDTHS * model_config.hidden_size + max(_attention(model_config), _feed_forward(model_config)) // tp_size
     )
-    return int(new_tokens * (width * item_bytes + INDEX_BYTES) + cached_tokens * CACHED_INDEX_BYTES)
+    return ActivationBound(int(width * item_bytes) + INDEX_BYTES)
 
 
 def _attention(config: Any) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
+from flowprefill_sglang.integration.preemption.activation_bound import activation_bound
 from flowprefill_sglang.prefill_worker.admission import Room
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class PrefillMemory:
         self._max_tasks = settings.max_tasks
         self._page_tokens: int = scheduler.page_size
         runner = scheduler.tp_worker.model_runner
-        self._bytes_of = partial(activation_bytes, runner.model_config, dtype=runner.dtype, tp_size=scheduler.tp_size)
+        self._bound = activation_bound(runner.model_config, dtype=runner.dtype, tp_size=scheduler.tp_size)
         free_bytes = least(_free_bytes(runner.device, scheduler.tp_size))
         self._max_activation_bytes = int(settings.activation_fraction * free_bytes)
 
@@ -53,7 +52,7 @@ class PrefillMemory:
     def activation_bytes(self, new_tokens: int, cached_tokens: int) -> int:
         """Bound on what a task that computes these tokens holds while it is suspended; of a longer prompt, its first
         chunk."""
-        return self._bytes_of(min(new_tokens, self._scheduler.chunked_prefill_size or new_tokens), cached_tokens)
+        return self._bound.bytes(min(new_tokens, self._scheduler.chunked_prefill_size or new_tokens), cached_tokens)
 
 
 def _free_bytes(device: str, ranks: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -19,6 +20,7 @@ from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from flowprefill_sglang.core.batching import BatchLimits
     from flowprefill_sglang.prefill_worker.boundaries import Gate
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,6 @@ def hooks(settings: SchedulerSettings) -> list[Hook]:
 def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     """Run the prefill loop on SGLang's scheduler until it is told to exit. Raises StartupError."""
     from flowprefill_sglang.core.aging import AgingLimits
-    from flowprefill_sglang.core.batching import BatchLimits
     from flowprefill_sglang.core.prefill_cost import Predictor
     from flowprefill_sglang.integration.costs.cost_model import cost_model
     from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
@@ -109,9 +110,7 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
         Predictor(costs),
         policy=settings.policy,
         aging=AgingLimits(max_wait_s=settings.max_wait_s, max_suspend_s=settings.max_suspend_s),
-        batching=BatchLimits(
-            max_new_tokens=settings.batch_tokens, alpha=settings.slack_fraction, page_tokens=scheduler.page_size
-        ),
+        batching=_batch_limits(scheduler, settings),
         now=time.monotonic(),
     )
     device, gate.device = run_ahead(model_runner, settings)
@@ -144,6 +143,18 @@ def serve(scheduler: Scheduler, settings: SchedulerSettings) -> None:
     finally:
         control.loop = None
         group.ranks.close()
+
+
+def _batch_limits(scheduler: Scheduler, settings: SchedulerSettings) -> BatchLimits:
+    from sglang.srt.runtime_context import get_schedule
+
+    from flowprefill_sglang.core.batching import BatchLimits
+
+    limits = BatchLimits(
+        max_new_tokens=settings.batch_tokens, alpha=settings.slack_fraction, page_tokens=scheduler.page_size
+    )
+    most = get_schedule().prefill_max_requests
+    return limits if most is None else replace(limits, max_requests=min(limits.max_requests, most))
 
 
 def _adapt(scheduler: Scheduler, gate: Gate) -> None:

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption import sliced_operators
-from flowprefill_sglang.integration.preemption.activation_bound import activation_bytes
+from flowprefill_sglang.integration.preemption.activation_bound import activation_bound
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.operator_work import Kind, work_of
 from flowprefill_sglang.integration.preemption.self_test import interruption_fault
@@ -181,7 +181,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_over_bound(bench: Bench, lengths: Sequence[int]) -> float:
-    """The most that a forward holds at a boundary, over what ``activation_bytes`` says."""
+    """The most that a forward holds at a boundary, over what ``activation_bound`` says."""
     engine, gate = bench.engine, bench.gate
     at_boundaries: list[dict[int, int]] = []
     mode = LiveBytes()
@@ -205,7 +205,8 @@ def held_over_bound(bench: Bench, lengths: Sequence[int]) -> float:
     for request in requests:
         engine.release(request, keep=False)
     held = max(sum(size for place, size in living.items() if place not in stays) for living in at_boundaries)
-    return held / activation_bytes(engine.model_runner.model_config, sum(lengths), dtype=engine.model_runner.dtype)
+    bound = activation_bound(engine.model_runner.model_config, dtype=engine.model_runner.dtype)
+    return held / bound.bytes(sum(lengths))
 
 
 def sliced(bench: Bench, count: int) -> dict[str, Any]:
