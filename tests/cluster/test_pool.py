@@ -143,8 +143,10 @@ def test_gpus_go_with_those_that_leave_to_those_that_come(
             rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
             column = rows[0].index("GPUS") + 1  # a number has its unit beside it
             assert [row[column] for row in rows[1:]] == ["0", "1", "GPU-5ebe9f43"]
-            with pytest.raises(StartupError, match=r"no room for 3 prefill × 1 GPU and 1 decode × 1 GPU: 3 GPUs are"):
-                await seen.pool.scale(3, 1)
+            assert await asyncio.to_thread(main, ["scale", "--prefill", "3", "--control", seen.pool.control]) == 1
+            refused = capsys.readouterr().err
+            assert "no room for 3 prefill × 1 GPU and 1 decode × 1 GPU: 3 GPUs are visible" in refused
+            assert seen.pool.status()["desired"] == {"prefill": 2, "decode": 1}
             await seen.pool.scale(1, 2)
             reason = "waits for GPUs of members that are to end"
             await seen.until(lambda: seen.member("decode-1")["reason"] == reason)
