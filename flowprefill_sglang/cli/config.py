@@ -29,6 +29,7 @@ def run_config_check(namespace: argparse.Namespace) -> int:
 def _rows(one: Configured) -> list[tuple[str, str, str]]:
     router = [f"http://{one.host}:{one.port}", "with a key" if one.api_key else "without a key"]
     launcher = one.launcher + (f", joins {one.ray_address}" if one.ray_address else "")
+    launcher += ", GPUs shared" if one.share_gpus else ""
     prefill = ("--prefill-scheduler", one.prefill_scheduler, *one.prefill_arguments)
     return [
         ("model", "", str(one.model_path or "a tiny random-weight one, made at the start")),

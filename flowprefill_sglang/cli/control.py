@@ -41,7 +41,10 @@ def run_status(namespace: argparse.Namespace) -> int:
     ready = {kind: sum(m["state"] == "ready" for m in members if m["kind"] == kind) for kind in status["desired"]}
     print(f"{status['url']}  {status['model']}")
     print(", ".join(f"{kind}: {ready[kind]} of {wanted} ready" for kind, wanted in status["desired"].items()))
-    print(f"{'NAME':<12}{'STATE':<13}{'FOR':>8}{'RESTARTS':>10}  {'NODE':<10}{'PID':<9}REASON")
+    gpus = {one["name"]: _short(one.get("gpus", "")) for one in members}
+    width = max((len(names) + 2 for names in gpus.values() if names), default=0)
+    title = f"{'GPUS':<{max(6, width)}}" if width else ""
+    print(f"{'NAME':<12}{'STATE':<13}{'FOR':>8}{'RESTARTS':>10}  {'NODE':<10}{title}{'PID':<9}REASON")
     for one in members:
         reason, failure = one["reason"], in_one_line(one["last_failure"])
         if one["retry_in_s"] is not None:
@@ -52,9 +55,14 @@ def run_status(namespace: argparse.Namespace) -> int:
             reason = f"{reason}{'; ' if reason else ''}last failure: {failure}"
         print(
             f"{one['name']:<12}{one['state']:<13}{one['for_s']:>6.0f} s{one['restarts']:>10}  "
-            f"{one['node'][:8] or '-':<10}{one['pid'] or '':<9}{reason}".rstrip()
+            f"{one['node'][:8] or '-':<10}{gpus[one['name']]:<{len(title)}}{one['pid'] or '':<9}{reason}".rstrip()
         )
     return 0
+
+
+def _short(gpus: str) -> str:
+    """As many characters of each as tell UUIDs apart."""
+    return ",".join(name[:12] for name in gpus.split(","))
 
 
 def add_scale_arguments(parser: argparse.ArgumentParser) -> None:

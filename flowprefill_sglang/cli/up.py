@@ -39,6 +39,9 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-address", default=None, metavar="A", help="Ray cluster to join: HOST:PORT or auto (default: a new one)"
     )
+    parser.add_argument(
+        "--share-gpus", action="store_true", help="every server sees all GPUs of this machine, instead of its own alone"
+    )
     parser.add_argument("--ready-file", type=Path, default=None, help="JSON written once requests are accepted")
     parser.add_argument("--log-dir", type=Path, default=None, help="where each process writes its log")
     parser.add_argument("--api-key", default=None, metavar="KEY", help="bearer token that clients must send")
@@ -78,6 +81,7 @@ def set_up_defaults(parser: argparse.ArgumentParser, namespace: argparse.Namespa
         prefill_scheduler=SchedulerKind(configured.prefill_scheduler),
         launcher=configured.launcher,
         ray_address=configured.ray_address,
+        share_gpus=configured.share_gpus,
     )
 
 
@@ -119,11 +123,14 @@ def run_up(namespace: argparse.Namespace) -> int:
         decode_arguments=file.decode_arguments if file else (),
         sglang_arguments=(*(file.sglang_arguments if file else ()), *namespace.rest),
         threads=file.threads if file else None,
+        share_gpus=namespace.share_gpus,
         startup_timeout_s=file.startup_timeout_s if file else ClusterSpec.startup_timeout_s,
         log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
     )
     if namespace.ray_address is not None and namespace.launcher != "ray":
         raise BadInput("--ray-address needs --launcher ray")
+    if namespace.share_gpus and namespace.launcher == "ray":
+        raise BadInput("--share-gpus needs --launcher local: on Ray every server has GPUs of its own")
     if namespace.launcher == "ray":
         cluster = pool_on_ray(spec, namespace.ray_address, StartDisplay())
     else:

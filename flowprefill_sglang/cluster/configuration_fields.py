@@ -283,6 +283,13 @@ SECTIONS: Final[Mapping[str, tuple[Field, ...]]] = {
             example="cpu",
         ),
         Field(
+            name="share_gpus",
+            kind=_SWITCH,
+            default=ClusterSpec.share_gpus,
+            text="with kind: local, every server sees all GPUs, and mem-fraction-static must divide their memory",
+            why="a server has as many GPUs to itself as it has ranks",
+        ),
+        Field(
             name="startup_timeout_secs",
             kind=_seconds(above=0),
             default=ClusterSpec.startup_timeout_s,

@@ -59,6 +59,7 @@ class Configured:
     launcher: str
     """``local`` or ``ray``."""
     ray_address: str | None
+    share_gpus: bool
     threads: int | None
     startup_timeout_s: float
     router_arguments: tuple[str, ...]
@@ -75,6 +76,8 @@ def read_configuration(path: Path) -> Configured:
     router, prefill, launcher = values["router"], values["prefill"], values["launcher"]
     if launcher["ray_address"] is not None and launcher["kind"] != "ray":
         raise document.wrong(("launcher", "ray_address"), "null, since launcher.kind is not ray")
+    if launcher["share_gpus"] and launcher["kind"] == "ray":
+        raise document.wrong(("launcher", "share_gpus"), "false, since launcher.kind is ray")
     classes = _slo_classes(document, router)
     _check_router(document, router, classes)
     folder = path.absolute().parent
@@ -93,6 +96,7 @@ def read_configuration(path: Path) -> Configured:
         log_dir=_from(folder, values["logs"]["dir"]),
         launcher=launcher["kind"],
         ray_address=launcher["ray_address"],
+        share_gpus=launcher["share_gpus"],
         threads=values["servers"]["threads"],
         startup_timeout_s=launcher["startup_timeout_secs"],
         router_arguments=(*_own_flags("router", router), *(part for one in classes for part in ("--slo-class", one))),

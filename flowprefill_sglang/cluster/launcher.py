@@ -29,6 +29,8 @@ class ClusterSpec:
     threads: int | None = None
     """CPU threads of each SGLang server's scheduler; default: on this machine the cores divided among the servers, on
     Ray 1. Ignored by GPUs."""
+    share_gpus: bool = False
+    """On this machine every member sees all GPUs, instead of having some for itself."""
     startup_timeout_s: float = 600.0
     """Large models load for minutes."""
 

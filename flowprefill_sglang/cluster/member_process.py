@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
+from flowprefill_sglang.cluster.gpus import VARIABLE
 from flowprefill_sglang.cluster.members import Order
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end, server_environment
@@ -21,14 +22,23 @@ _NOTE_EVERY_S: Final = 10.0
 class MemberProcess:
     """Runs from the moment it is made. The kernel ends it with the thread that makes it."""
 
-    def __init__(self, order: Order, address: str, threads: int | None, taken_ports: Collection[int] = ()) -> None:
-        """Start it, to listen on ``address``. ``threads``: None leaves them as they are here.
+    def __init__(
+        self,
+        order: Order,
+        address: str,
+        threads: int | None,
+        taken_ports: Collection[int] = (),
+        gpus: Sequence[str] = (),
+    ) -> None:
+        """Start it, to listen on ``address``. ``threads``: None leaves them as they are here. ``gpus``: the only
+        ones that it sees; with none it sees what this process does.
 
         Raises StartupError without a model or free ports, and OSError when its folders cannot be written.
         """
         if not (Path(order.model_path) / "config.json").is_file():
             raise StartupError(f"no model at {order.model_path}: it has no config.json there")
         self.ports = free_ports(2, taken_ports)
+        self.gpus = ",".join(gpus)
         self.folder = tempfile.mkdtemp(prefix="flowprefill-member-")
         """Of its temporary files, and of its log when the order says nothing."""
         try:
@@ -47,6 +57,8 @@ class MemberProcess:
         if order.kind == "prefill":
             flags += ["--name", order.name, "--disaggregation-bootstrap-port", bootstrap]
         log, environment = log_dir / f"{order.name}.log", server_environment(self.folder, threads)
+        if self.gpus:
+            environment[VARIABLE] = self.gpus
         return ChildProcess(order.name, [order.kind, *flags], log, environment, order.program)
 
     def ended(self) -> tuple[str, bool] | None:

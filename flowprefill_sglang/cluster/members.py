@@ -9,9 +9,16 @@ from typing import Protocol
 from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.cluster.process import FLOWPREFILL
 from flowprefill_sglang.cluster.supervision import Kind
+from flowprefill_sglang.errors import BadInput
 
 _LINE_LENGTH = 200
 _TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
+_PP_FLAGS = ("--pp-size", "--pipeline-parallel-size")
+_DP_FLAGS = ("--dp-size", "--dp", "--data-parallel-size")
+_IN_TP_FLAG = "--enable-dp-attention"
+"""With it, SGLang 0.5.23 counts data-parallel groups inside the tensor-parallel one."""
+_PLACING_FLAGS = {"--base-gpu-id": "0", "--gpu-id-step": "1"}
+"""With their defaults. They choose among all GPUs of a machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Sight:
     pid: int = 0
     node: str = ""
     """Which machine of several."""
+    gpus: str = ""
+    """Those that it has for itself, as ``CUDA_VISIBLE_DEVICES`` calls them there."""
     waiting_for: str = ""
     """Why there is no process yet."""
     ended: str | None = None
@@ -101,12 +110,39 @@ def arguments_of(spec: ClusterSpec, kind: Kind) -> tuple[str, ...]:
 
 
 def resource_of(spec: ClusterSpec, kind: Kind) -> tuple[str, int]:
-    """What a member takes: ``("GPU", tensor-parallel ranks)``, or CPU cores with ``--device cpu``."""
+    """What a member takes: ``("GPU", ranks)``, or CPU cores with ``--device cpu``.
+
+    Its ranks are tensor-parallel ones, times pipeline stages and replicas (``compute_world_size`` of SGLang 0.5.23).
+    Raises BadInput for sizes that are no whole numbers, and for flags that choose among all GPUs of a machine.
+    """
     arguments = arguments_of(spec, kind)
-    ranks = int(_last_value(arguments, _TP_FLAGS) or 1)
-    if _last_value(arguments, ("--device",)) == "cpu":
+    ranks = _size(arguments, _TP_FLAGS) * _size(arguments, _PP_FLAGS)
+    if _IN_TP_FLAG not in arguments:
+        ranks *= _size(arguments, _DP_FLAGS)
+    if device_of(spec, kind) == "cpu":
         return "CPU", ranks * (spec.threads or 1)
+    for flag, default in _PLACING_FLAGS.items():
+        value = _last_value(arguments, (flag,))
+        if value not in (None, default):
+            raise BadInput(
+                f"{flag} {value}: each member has GPUs of its own, and numbers them from 0; leave the flag out, and "
+                "say by CUDA_VISIBLE_DEVICES which GPUs there are for all members"
+            )
     return "GPU", ranks
+
+
+def device_of(spec: ClusterSpec, kind: Kind) -> str | None:
+    """What members of this kind are told to compute on; None: SGLang chooses."""
+    return _last_value(arguments_of(spec, kind), ("--device",))
+
+
+def _size(arguments: tuple[str, ...], flags: tuple[str, ...]) -> int:
+    value = _last_value(arguments, flags)
+    if value is None:
+        return 1
+    if not value.isdecimal() or int(value) < 1:
+        raise BadInput(f"{flags[0]} {value}: expected a whole number of at least 1")
+    return int(value)
 
 
 def _last_value(arguments: tuple[str, ...], flags: tuple[str, ...]) -> str | None:

@@ -274,6 +274,7 @@ class Pool:
                     "url": sight.url,
                     "pid": sight.pid,
                     "node": sight.node,
+                    "gpus": sight.gpus,
                 }
             )
         return {"url": self.url, "model": self.model, "desired": dict(self._supervisor.desired), "members": members}
@@ -340,15 +341,16 @@ class Pool:
 
     def _detail(self, member: Member) -> str:
         sight = self._sights.get(member.name, Sight())
-        node = f" node {sight.node[:8]}" if sight.node else ""
+        where = f" node {sight.node[:8]}" if sight.node else ""
+        where += f" GPU {sight.gpus}" if sight.gpus else ""
         match member.state:
             case MemberState.STARTING:
                 return member.reason
             case MemberState.LOADING:
-                return f"pid {sight.pid}{node}"
+                return f"pid {sight.pid}{where}"
             case MemberState.BACKING_OFF:
                 return in_one_line(member.last_failure)
-        return f"{sight.url} pid {sight.pid}{node}"
+        return f"{sight.url} pid {sight.pid}{where}"
 
     def _report(self, name: str, state: str, detail: str) -> None:
         """Once for each change."""

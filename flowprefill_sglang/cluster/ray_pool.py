@@ -115,7 +115,8 @@ class _MemberActor:
             self._process = process = MemberProcess(order, ip, order.threads or 1, order.taken_ports)
         except (FlowPrefillError, OSError) as error:
             return Sight(node=node, ended=f"cannot start on node {ip}: {error}")
-        return Sight(url=process.url, pid=process.child.pid, node=node, log=str(process.child.log))
+        gpus = ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])  # Ray shows its actor no others
+        return Sight(url=process.url, pid=process.child.pid, node=node, gpus=gpus, log=str(process.child.log))
 
     def folder(self) -> str:
         """Where its files are."""

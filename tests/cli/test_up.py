@@ -196,6 +196,29 @@ def test_a_file_says_what_to_start(stand_in: type[StandInCluster], tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "shared"),
+    [
+        ("", [], False),
+        ("", ["--share-gpus"], True),
+        ("launcher: {share_gpus: true}", [], True),
+    ],
+)
+def test_gpus_are_shared_where_somebody_says_so(
+    stand_in: type[StandInCluster], tmp_path: Path, text: str, words: list[str], shared: bool
+) -> None:
+    assert run_with_file(tmp_path, text, *words) == 0
+    assert stand_in.made[0].spec.share_gpus is shared
+
+
+def test_gpus_are_not_shared_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with_file(tmp_path, "launcher: {kind: ray, share_gpus: true}") == 2
+    assert run_with_file(tmp_path, "launcher: {kind: ray}", "--share-gpus") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "launcher.share_gpus: expected false, since launcher.kind is ray" in first
+    assert "--share-gpus needs --launcher local" in second
+
+
 def test_flags_win_over_the_file_wherever_they_stand(stand_in: type[StandInCluster], tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(FILE)
     words = [

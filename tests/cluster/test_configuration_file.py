@@ -81,6 +81,7 @@ logs: {dir: /var/log/f}
         log_dir=Path("/var/log/f"),
         launcher="ray",
         ray_address="auto",
+        share_gpus=False,
         threads=3,
         startup_timeout_s=60.0,
         router_arguments=(

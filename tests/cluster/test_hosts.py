@@ -13,39 +13,51 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import pytest
 
 from flowprefill_sglang.cluster.local_pool import LocalHost
 from flowprefill_sglang.cluster.members import Host, Order, Sight
 from flowprefill_sglang.cluster.process_group import processes_of
-from flowprefill_sglang.cluster.supervision import Kind
+from flowprefill_sglang.cluster.supervision import KINDS, Kind
 from flowprefill_sglang.errors import PeerFault, StartupError
 from flowprefill_testing.ray_pools import ray_nodes
 from flowprefill_testing.stand_in_member import PROGRAM, said
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 WAIT_S = 60.0
-MakeHost = Callable[[], Host]
+GPUS = 3
+"""That a host has for those members that take some. Nobody computes on them."""
 Seen = TypeVar("Seen")
+
+
+class MakeHost(Protocol):
+    def __call__(self, gpus_each: int = 0) -> Host: ...
+
+
+def local_host(stack: ExitStack) -> MakeHost:
+    def make(gpus_each: int = 0) -> Host:
+        return LocalHost(tuple(map(str, range(GPUS))), dict.fromkeys(KINDS, gpus_each)) if gpus_each else LocalHost()
+
+    return make
 
 
 def ray_host(stack: ExitStack) -> MakeHost:
     pytest.importorskip("ray")
     from flowprefill_sglang.cluster.ray_pool import connect
 
-    nodes = stack.enter_context(ray_nodes(workers=1))
+    nodes = stack.enter_context(ray_nodes(workers=1, gpus=GPUS))
 
-    def make() -> Host:
+    def make(gpus_each: int = 0) -> Host:
         host = connect(nodes.address)
-        host.needs = {"prefill": ("CPU", 1), "decode": ("CPU", 1)}
+        host.needs = dict.fromkeys(KINDS, ("GPU", gpus_each) if gpus_each else ("CPU", 1))
         return host
 
     return make
 
 
-HOSTS = {"local": lambda stack: LocalHost, "ray": ray_host}
+HOSTS = {"local": local_host, "ray": ray_host}
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.cluster)])
@@ -68,11 +80,11 @@ def order(name: str, model: str, *flags: str, log_dir: Path | None = None) -> Or
     return Order(name=name, kind=kind, model_path=model, arguments=arguments, log_dir=log, program=PROGRAM)
 
 
-def with_host(make_host: MakeHost, scenario: Callable[[Host], object]) -> None:
+def with_host(make_host: MakeHost, scenario: Callable[[Host], object], gpus_each: int = 0) -> None:
     """Run it, and end everything."""
 
     async def run() -> None:
-        host = make_host()
+        host = make_host(gpus_each)
         try:
             async with asyncio.timeout(2 * WAIT_S):
                 await scenario(host)
@@ -252,3 +264,77 @@ def test_what_there_is_no_room_for_is_known_before(make_host: MakeHost) -> None:
             host.require_room({"prefill": 100_000, "decode": 1})
 
     with_host(make_host, scenario)
+
+
+async def gpus_of(host: Host, name: str) -> list[str]:
+    """What it sees, which is what it is said to have."""
+    (gpus,) = said(await host.log(name, 100), "gpus")
+    assert (await host.look(name)).gpus == gpus
+    return gpus.split(",")
+
+
+def test_members_have_gpus_of_their_own_and_their_successors_too(make_host: MakeHost, model: str) -> None:
+    async def scenario(host: Host) -> None:
+        names = ["prefill-0", "prefill-1", "decode-0"]
+        sights = await running(host, *(order(name, model) for name in names))
+        given = [gpu for name in names for gpu in await gpus_of(host, name)]
+        assert sorted(given) == ["0", "1", "2"]
+        os.kill(sights[1].pid, signal.SIGKILL)
+        await ended(host, "prefill-1")
+        await host.remove("prefill-1")
+        await running(host, order("prefill-1", model))
+        assert await gpus_of(host, "prefill-1") == [given[1]]
+
+    with_host(make_host, scenario, gpus_each=1)
+
+
+def test_one_that_comes_before_another_is_gone_waits_for_its_gpus(make_host: MakeHost, model: str) -> None:
+    async def scenario(host: Host) -> None:
+        await running(host, order("prefill-0", model))
+        given = await gpus_of(host, "prefill-0")
+        assert len(given) == 2
+        host.start(order("decode-0", model))
+        sight = await seen(host, "decode-0", lambda sight: "GPU" in sight.waiting_for)
+        assert (sight.pid, sight.ended) == (0, None)
+        await host.remove("prefill-0")
+        await seen(host, "decode-0", lambda sight: sight.pid)
+        await logged(host, "decode-0", "ready")
+        assert set(given) & set(await gpus_of(host, "decode-0"))
+
+    with_host(make_host, scenario, gpus_each=2)
+
+
+def test_one_that_waits_for_gpus_may_be_given_up(make_host: MakeHost, model: str) -> None:
+    async def scenario(host: Host) -> None:
+        await running(host, order("prefill-0", model))
+        host.start(order("decode-0", model))
+        await seen(host, "decode-0", lambda sight: "GPU" in sight.waiting_for)
+        await host.remove("decode-0")
+        await host.remove("prefill-0")
+        await running(host, order("prefill-0", model))
+        assert (await host.look("decode-0")).pid == 0
+
+    with_host(make_host, scenario, gpus_each=2)
+
+
+def test_members_that_take_no_gpus_see_what_we_see(
+    make_host: MakeHost, model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(host: Host) -> None:
+        (sight,) = await running(host, order("decode-0", model))
+        (gpus,) = said(await host.log("decode-0", 100), "gpus")
+        assert (gpus, sight.gpus) == (str(os.environ.get("CUDA_VISIBLE_DEVICES")), "")
+
+    if request.node.callspec.params["make_host"] == "local":  # on Ray they see what its nodes were started with
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with_host(make_host, scenario)
+
+
+def test_more_gpus_than_there_are_is_one_clear_message(make_host: MakeHost) -> None:
+    async def scenario(host: Host) -> None:
+        host.require_room({"prefill": 2, "decode": 1})
+        words = r"no room for .*3 prefill × 1 GPU and 1 decode × 1 GPU.*3 GPUs"
+        with pytest.raises(StartupError, match=words):
+            host.require_room({"prefill": 3, "decode": 1})
+
+    with_host(make_host, scenario, gpus_each=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flowprefill_sglang.cli.main import main
 from flowprefill_sglang.cluster import local_pool
 from flowprefill_sglang.cluster.launcher import ClusterSpec
 from flowprefill_sglang.cluster.pool import Pool
@@ -122,6 +123,36 @@ def test_grows_and_shrinks_under_load_without_a_lost_request(spec: ClusterSpec, 
             assert seen.pool.status()["desired"] == {"prefill": 1, "decode": 1}
         assert set(statuses) == {200}
         assert {(e.name, e.state) for e in seen.events} >= {("prefill-1", "stopped"), ("decode-1", "stopped")}
+
+    run(scenario())
+    assert list(temporary.iterdir()) == []
+
+
+def test_gpus_go_with_those_that_leave_to_those_that_come(
+    spec: ClusterSpec, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> None:
+        seen = Seen(replace(spec, prefill=2), replaces=True, gpus=("0", "1", "GPU-5ebe9f43-ac33"))
+
+        def gpus() -> dict[str, str]:
+            return {one["name"]: one["gpus"] for one in seen.pool.status()["members"]}
+
+        async with watched(seen):
+            assert gpus() == {"prefill-0": "0", "prefill-1": "1", "decode-0": "GPU-5ebe9f43-ac33"}
+            assert await asyncio.to_thread(main, ["status", "--control", seen.pool.control]) == 0
+            rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+            column = rows[0].index("GPUS") + 1  # a number has its unit beside it
+            assert [row[column] for row in rows[1:]] == ["0", "1", "GPU-5ebe9f43"]
+            assert await asyncio.to_thread(main, ["scale", "--prefill", "3", "--control", seen.pool.control]) == 1
+            refused = capsys.readouterr().err
+            assert "no room for 3 prefill × 1 GPU and 1 decode × 1 GPU: 3 GPUs are visible" in refused
+            assert seen.pool.status()["desired"] == {"prefill": 2, "decode": 1}
+            await seen.pool.scale(1, 2)
+            reason = "waits for GPUs of members that are to end"
+            await seen.until(lambda: seen.member("decode-1")["reason"] == reason)
+            await seen.until(lambda: seen.states() == dict.fromkeys(("prefill-0", "decode-0", "decode-1"), "ready"))
+            assert gpus()["decode-1"] == "1"
+            assert said(await seen.pool.logs("decode-1", 100), "gpus") == ["1"]
 
     run(scenario())
     assert list(temporary.iterdir()) == []

@@ -24,8 +24,9 @@ FLAGS = ("--device", "cpu", "--context-length", "4096", "--max-total-tokens", "2
 
 
 @contextlib.contextmanager
-def ray_nodes(workers: int) -> Iterator[Any]:
-    """A Ray cluster with a head without CPUs and ``workers`` nodes with two each."""
+def ray_nodes(workers: int, gpus: int = 0) -> Iterator[Any]:
+    """A Ray cluster with a head without CPUs and ``workers`` nodes with two each, and with ``gpus`` that Ray is told
+    of."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # It kills for what other programs of the machine take. Ray reads the name as it is, in this case.
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
@@ -35,7 +36,7 @@ def ray_nodes(workers: int) -> Iterator[Any]:
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
     try:
         for _ in range(workers):
-            nodes.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
+            nodes.add_node(num_cpus=2, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
         yield nodes
     finally:
         nodes.shutdown()

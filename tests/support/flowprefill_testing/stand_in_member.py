@@ -52,7 +52,8 @@ def main() -> None:
         parser.error("this is wrong")
     child = subprocess.Popen(_CHILD).pid if options.stubborn else 0
     folder, threads = os.environ["TMPDIR"], os.environ.get("OMP_NUM_THREADS")
-    print(f"flags: {sys.argv[1:]}\nfolder: {folder}\nthreads: {threads}\nchild: {child}", flush=True)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    print(f"flags: {sys.argv[1:]}\nfolder: {folder}\nthreads: {threads}\ngpus: {gpus}\nchild: {child}", flush=True)
     sys.exit(asyncio.run(_serve(options)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from flowprefill_sglang.cluster.launcher import ClusterSpec, LaunchEvent
 from flowprefill_sglang.cluster.local_pool import ADDRESS, LocalHost
 from flowprefill_sglang.cluster.members import Order
 from flowprefill_sglang.cluster.pool_starting import RunningPool
+from flowprefill_sglang.cluster.supervision import KINDS
 from flowprefill_testing.stand_in_member import PROGRAM
 
 WAIT_S = 60.0
@@ -21,8 +22,8 @@ WAIT_S = 60.0
 class StandIns(LocalHost):
     """Starts stand-ins, some with flags of their own."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        super().__init__(gpus, dict.fromkeys(KINDS, 1) if gpus else {})
         self.flags: dict[str, tuple[str, ...]] = {}
 
     def start(self, order: Order) -> None:
@@ -33,8 +34,9 @@ class StandIns(LocalHost):
 class Seen:
     """A pool, what runs its members, and what it has reported."""
 
-    def __init__(self, spec: ClusterSpec, *, replaces: bool) -> None:
-        self.host = StandIns()
+    def __init__(self, spec: ClusterSpec, *, replaces: bool, gpus: Sequence[str] = ()) -> None:
+        """``gpus``: one for each member; none are divided."""
+        self.host = StandIns(gpus)
         self.events: list[LaunchEvent] = []
         self.pool = RunningPool(spec, self.host, ADDRESS, self.events.append, replaces=replaces)
 
