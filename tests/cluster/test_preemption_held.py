@@ -51,7 +51,8 @@ def _worker(cluster: Cluster, model_path: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def worker(_worker: HeldWorker) -> Iterator[HeldWorker]:
-    """Held by nothing before and after each test."""
+    """Held by nothing before and after each test, with an empty cache."""
+    wait_until(lambda: _worker.pair.control("/flush_cache")[0] == 200, timeout_s=30)
     yield _worker
     _worker.passes.free()
 
