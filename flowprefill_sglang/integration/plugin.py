@@ -53,6 +53,9 @@ def _register() -> None:
     if not platform.has_accelerator():
         hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks(), *cpu_lora.hooks()]
         checks.append(cpu_disaggregation.check)
+        # SGLang's HTTP process otherwise waits a minute for the GPU's dump before it ends with a scheduler that crashed
+        # or hangs, and answers nobody meanwhile.
+        os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
     register_hooks(hooks)
     verify_when_applied(hooks, checks)
     _registered.extend(hooks)

@@ -15,7 +15,7 @@ from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing.clusters import CHUNK_TOKENS, CONTEXT_TOKENS, PAGE_TOKENS, Cluster, answers, wait_until
 from flowprefill_testing.direct import DirectWorkers, Pair
-from flowprefill_testing.servers import STRICT, end, environment, sizes, started_up, with_us
+from flowprefill_testing.servers import STOCK_SERVER, STRICT, end, environment, sizes, started_up, with_us
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def _stock(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = directory / "stock.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *sizes(model_path), "--port", str(port)],
+            [sys.executable, *STOCK_SERVER, *sizes(model_path), "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -123,3 +123,41 @@ def test_an_adapter_is_loaded_between_prompts_only(pair: Pair, adapters: dict[st
     assert pair.ask(prompts.ids(300, 1_000), lora_path="d").whole()["output_ids"] != alone(
         pair, prompts.ids(300, 1_000), "a"
     )
+
+
+def test_an_adapter_is_unloaded_between_prompts_only(pair: Pair, adapters: dict[str, Path]) -> None:
+    """One that nobody uses: what has begun is computed to its end first, with its own adapters. Then it is gone."""
+    body = prompts.ids(LONG, 1_050)
+    truth = alone(pair, body, "a")
+    load = {"lora_name": "unused", "lora_path": str(adapters["d"])}
+    assert pair.control("/load_lora_adapter", load)[0] == 200
+    suspended = pair.ask(body, name="suspended", ttft_slo_ms=90_000, lora_path="a")
+    pair.wait_for("started", suspended)
+    running = pair.ask(prompts.ids(LONG, 1_051), name="running", ttft_slo_ms=60_000, lora_path="b")
+    pair.wait_for("preempted", suspended)
+    status, words = pair.control("/unload_lora_adapter", {"lora_name": "unused"})
+    assert (status, json.loads(words)["success"]) == (200, True), words
+    assert {("finished", "suspended"), ("finished", "running")} <= set(pair.steps(suspended, running))
+    assert suspended.whole()["output_ids"] == truth
+    running.whole()
+    refused = {"input_ids": body, "lora_path": "unused", "sampling_params": {"max_new_tokens": 1}}
+    assert post(f"{pair.prefill_url}/generate", refused)[0] == 400
+
+
+def test_an_adapter_of_a_suspended_prompt_is_unloaded_after_it(pair: Pair, adapters: dict[str, Path]) -> None:
+    """SGLang refuses new prompts for it at once, and waits for those that have begun."""
+    body = prompts.ids(LONG, 1_060)
+    load, unload = {"lora_name": "used", "lora_path": str(adapters["d"])}, {"lora_name": "used"}
+    for url in (pair.prefill_url, pair.decode_url):
+        assert post(f"{url}/load_lora_adapter", load)[0] == 200
+    truth = alone(pair, body, "used")
+    suspended = pair.ask(body, name="suspended", ttft_slo_ms=90_000, lora_path="used")
+    pair.wait_for("started", suspended)
+    running = pair.ask(prompts.ids(LONG, 1_061), name="running", ttft_slo_ms=60_000, lora_path="b")
+    pair.wait_for("preempted", suspended)
+    status, words = pair.control("/unload_lora_adapter", unload)
+    assert (status, json.loads(words)["success"]) == (200, True), words
+    assert ("ended", "suspended") in pair.steps(suspended)
+    assert suspended.whole()["output_ids"] == truth
+    running.whole()
+    assert post(f"{pair.decode_url}/unload_lora_adapter", unload)[0] == 200

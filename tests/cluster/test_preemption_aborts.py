@@ -77,21 +77,6 @@ def test_the_memory_of_an_aborted_one_is_free_at_once(tight: Pair, stock_url: st
     assert_all_free(tight)
 
 
-def test_a_half_prefilled_request(tight: Pair, stock_url: str) -> None:
-    """Between two of its chunks, while another one runs."""
-    other_ids = prompts.ids(2_900, 521)
-    victim = tight.ask(prompts.ids(2_900, 520), name="victim", ttft_slo_ms=90_000)
-    tight.wait_for("finished", victim)
-    other = tight.ask(other_ids, name="other", ttft_slo_ms=30_000)
-    tight.wait_for("started", other)
-    abort(tight, victim)
-    assert_aborted(victim)
-    assert_unharmed(other, stock_url, other_ids)
-    ends = [name for kind, name in tight.steps(victim, other) if kind == "ended"]
-    assert ends == ["victim", "other"]
-    assert_all_free(tight)
-
-
 def test_one_member_of_a_batch(roomy: Pair, stock_url: str) -> None:
     """Small prompts that wait behind a long one go on together; one of them is aborted under way."""
     bodies = [prompts.ids(600, seed) for seed in (530, 531, 532)]

@@ -37,16 +37,6 @@ def test_three_that_fit_only_alone(tight: Pair, stock_url: str) -> None:
     assert_right(answers, bodies, stock_url)
 
 
-def test_many_half_prefilled(tight: Pair, stock_url: str) -> None:
-    """Four begin their chunks one after the other, each more urgent than those before it; a fifth and sixth wait."""
-    bodies = [prompts.ids(1_500, 730 + n) for n in range(4)] + [prompts.ids(2_500, 740), prompts.ids(5_000, 741)]
-    answers: list[Answer] = []
-    for number, body in enumerate(bodies):
-        answers.append(tight.ask(body, name=f"p{number}", ttft_slo_ms=90_000 - 10_000 * number))
-        tight.wait_for("arrived", answers[-1])
-    assert_right(answers, bodies, stock_url)
-
-
 def test_cached_prefixes_make_room(tight: Pair, stock_url: str) -> None:
     """The pool is full of cached prompts; some are shared by those that come, the others have to go."""
     cached = [prompts.ids(2_900, 750), prompts.ids(2_900, 751)]

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flowprefill_sglang.cluster.ports import free_ports
@@ -196,3 +197,46 @@ time.sleep(60)
         finally:
             if is_running(child_pid):
                 os.kill(child_pid, signal.SIGKILL)
+
+
+@pytest.mark.cluster
+def test_a_cluster_and_a_stock_server_end_with_the_session_that_is_killed(model_path: Path, tmp_path: Path) -> None:
+    """As when pytest gets SIGKILL: nobody can end anything, and ``flowprefill up`` has children of its own."""
+    script = f"""
+import pathlib, subprocess, sys, time
+from flowprefill_sglang.cluster.ports import free_ports
+from flowprefill_testing.servers import STOCK_SERVER, environment, sizes
+folder, model = pathlib.Path({str(tmp_path)!r}), pathlib.Path({str(model_path)!r})
+settings = dict(env=environment(folder), start_new_session=True)
+up = ["-m", "flowprefill_sglang", "up", "--port", "0", "--log-dir", str(folder / "logs"), *sizes(model)]
+with (folder / "up.log").open("wb") as log:
+    subprocess.Popen([sys.executable, *up], stdout=log, stderr=log, **settings)
+with (folder / "stock.log").open("wb") as log:
+    stock = [*STOCK_SERVER, *sizes(model), "--port", str(*free_ports(1))]
+    subprocess.Popen([sys.executable, *stock], stdout=log, stderr=log, **settings)
+time.sleep(300)
+"""
+    support = str(Path(__file__).parents[1] / "support")
+    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
+    session = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path})
+    started: dict[int, psutil.Process] = {}
+
+    def have_begun() -> bool:
+        """Router, prefill worker, decode instance and their launcher, and the stock server. One that has not asked the
+        kernel yet to end it with its parent finds out by itself."""
+        logs = list((tmp_path / "logs").glob("*.log"))
+        started.update({child.pid: child for child in psutil.Process(session.pid).children(recursive=True)})
+        return len(started) >= 5 and len(logs) == 3
+
+    try:
+        wait_until(have_begun, session, timeout_s=120)
+        assert [is_running(child.pid) for child in psutil.Process(session.pid).children()] == [True, True]
+        session.kill()
+        session.wait()
+        _, left = psutil.wait_procs(started.values(), timeout=20)
+        assert left == []
+    finally:
+        session.kill()
+        for process in started.values():
+            if process.is_running():
+                process.kill()

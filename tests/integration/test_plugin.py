@@ -66,6 +66,7 @@ def test_registering_again_changes_nothing_and_losing_the_hooks_is_noticed() -> 
         from sglang.srt.disaggregation import utils
         from flowprefill_sglang.errors import StartupError
         from flowprefill_sglang.integration import plugin
+        from flowprefill_sglang.integration.platform import has_accelerator
 
         def state():
             hooks = sum(len(hooks) for hooks in HookRegistry._hooks.values())
@@ -77,6 +78,8 @@ def test_registering_again_changes_nothing_and_losing_the_hooks_is_noticed() -> 
         facts["is same"], facts["hooks"] = state() == before, before[0]
         plugin.require_loaded()
         facts["no copy"] = os.environ["SGLANG_EAGER_INPUT_NO_COPY"]
+        facts["waits for a GPU's dump"] = os.environ.get("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "1")
+        facts["has a GPU"] = has_accelerator()
         utils.get_kv_class = inspect.unwrap(utils.get_kv_class)
         try:
             plugin.require_loaded()
@@ -86,4 +89,5 @@ def test_registering_again_changes_nothing_and_losing_the_hooks_is_noticed() -> 
     assert facts["is same"]
     assert facts["hooks"] >= 1
     assert facts["no copy"] == "1"
+    assert facts["waits for a GPU's dump"] == ("1" if facts["has a GPU"] else "0")
     assert "its hooks were removed again" in facts["removed"]

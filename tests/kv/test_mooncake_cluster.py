@@ -20,6 +20,7 @@ from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.workload.tiny_model import make_tiny_model
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import answers, wait_until
+from flowprefill_testing.servers import STOCK_SERVER, with_us
 
 pytestmark = pytest.mark.cluster
 
@@ -48,7 +49,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, flags in roles.items():
-            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", ports[name]]
+            command = [sys.executable, *STOCK_SERVER, "--model-path", model, "--port", ports[name]]
             limits = ["--max-total-tokens", 20000, "--chunked-prefill-size", 512, "--skip-server-warmup"]
             with (directory / f"{name}.log").open("wb") as log:
                 processes[name] = subprocess.Popen(
@@ -56,6 +57,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    env={**os.environ, **with_us()},
                 )
         found = {name: f"http://127.0.0.1:{ports[name]}" for name in roles}
         for name, process in processes.items():

@@ -7,8 +7,9 @@ waiting, in ``chunked_req``, or in the running batch. With suspended tasks neith
 * abort: SGLang marks the requests of tasks too; those whose whole task is aborted are freed before the next turn;
 * flush_cache: refused, as while a batch runs (``is_fully_idle`` is False);
 * pause: every task under way ends first, as SGLang's running batch does; half-prefilled requests stay as they are;
-* weight update, LoRA load and unload, memory release and resume, in any form: everything begun ends first,
-  half-prefilled prompts included, so that no request sees two sets of weights;
+* weight update, LoRA load and unload, memory resume, in any form: everything begun ends first, half-prefilled prompts
+  included, so that no request sees two sets of weights;
+* memory release: refused unless nothing is begun and nothing waits, where SGLang's assertion would end the worker;
 * health check: answered at once, as while a batch runs;
 * load: what is begun counts as running, and its tokens as still to be computed;
 * shutdown: the loop ends and discards what is suspended.
@@ -16,10 +17,11 @@ waiting, in ``chunked_req``, or in the running batch. With suspended tasks neith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.integration.hooks import Hook, HookKind
 
 if TYPE_CHECKING:
@@ -117,6 +119,13 @@ def hooks() -> list[Hook]:
         load.num_running_reqs += len(begun)
         load.num_waiting_uncached_tokens += sum(max(0, req.seqlen - req.prefix_len) for req in begun)
 
+    async def around_release_memory_occupation(
+        original: Callable[..., Awaitable[None]], manager: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if not (await manager.flush_cache()).success:  # as the release does, of the KV cache at least
+            raise BadInput("memory is released only while nothing is under way or waiting; drain or abort it first")
+        await original(manager, *args, **kwargs)
+
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     return [
         Hook(
@@ -142,5 +151,11 @@ def hooks() -> list[Hook]:
             kind=HookKind.AFTER,
             function=after_get_loads,
             why="/v1/loads would not count suspended requests",
+        ),
+        Hook(
+            target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
+            kind=HookKind.AROUND,
+            function=around_release_memory_occupation,
+            why="a release of memory while anything is under way would end the worker",
         ),
     ]

@@ -1,10 +1,13 @@
 """What SGLang's scheduler is shown of the tasks, and what the loop is told of control requests, with stand-ins."""
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
+from flowprefill_sglang.errors import BadInput
 from flowprefill_sglang.integration.prefill.control import NO_TASKS_BEYOND, NOTHING_BEGUN_BEYOND, control, hooks
 from flowprefill_testing.sglang_process import facts_of
 
@@ -109,6 +112,23 @@ def test_begun_is_load(loop: Loop) -> None:
     assert hook("get_loads")(load, object()) is None
     assert load.num_running_reqs == 3
     assert load.num_waiting_uncached_tokens == 5 + 70 + 8
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_memory_is_released_only_when_the_cache_can_be_flushed(is_idle: bool) -> None:
+    """What SGLang asserts in its scheduler is asked before."""
+    released: list[tuple] = []
+
+    async def flush_cache() -> SimpleNamespace:
+        return SimpleNamespace(success=is_idle)
+
+    async def release(*args: object) -> None:
+        released.append(args)
+
+    manager = SimpleNamespace(flush_cache=flush_cache)
+    with nullcontext() if is_idle else pytest.raises(BadInput, match="only while nothing is under way"):
+        asyncio.run(hook("release_memory_occupation")(release, manager, "tags", None))
+    assert released == ([(manager, "tags", None)] if is_idle else [])
 
 
 def test_without_a_loop_nothing_changes() -> None:

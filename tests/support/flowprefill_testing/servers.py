@@ -20,6 +20,13 @@ STRICT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+STOCK_SERVER = (
+    "-c",
+    "import runpy; from flowprefill_sglang.cluster.process import die_with_parent; die_with_parent(); "
+    "runpy.run_module('sglang.launch_server', run_name='__main__')",
+)
+"""Python's arguments that run a stock SGLang server, which like a ``flowprefill`` command heeds ``with_us``."""
+
 
 def with_us() -> dict[str, str]:
     """Environment of a command that is to die with this process, however this process dies."""
