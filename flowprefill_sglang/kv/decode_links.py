@@ -27,6 +27,7 @@ from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kernels.kv_pages import block_bytes, scatter_pages
 from flowprefill_sglang.kv.layout import Layout, largest_chunk_bytes, layout_mismatch
+from flowprefill_sglang.kv.link_thread import LinkThread
 from flowprefill_sglang.kv.links import LINK_LOST_EVENTS, configure_link, has_lost_link
 from flowprefill_sglang.kv.mailbox import Mailbox
 from flowprefill_sglang.kv.messages import (
@@ -121,7 +122,7 @@ class DecodeLinks:
         self._socket.setsockopt(zmq.RCVHWM, 2 * settings.window_chunks + 16)
         self._monitor = self._socket.get_monitor_socket(LINK_LOST_EVENTS)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
-        self._thread = threading.Thread(target=self._run, name="kv-decode-links", daemon=True)
+        self._thread = LinkThread("kv-decode-links", self._run, lambda: self._mailbox.post(self._end_loop))
         self._thread.start()
 
     # ---- from any thread --------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ class DecodeLinks:
     def shut_down(self) -> None:
         """Fail what is in flight, close all connections and end the thread."""
         self._mailbox.post(self._begin_shut_down)
-        self._thread.join()
+        self._thread.wait()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._context.destroy(linger=0)
@@ -205,6 +206,9 @@ class DecodeLinks:
 
     def _begin_shut_down(self) -> None:
         self._fail_rooms(lambda _: True, "the decode side is shutting down")
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._is_closing = True
 
     def _receive(self, identity: bytes, frames: list[memoryview]) -> None:

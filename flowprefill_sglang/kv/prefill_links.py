@@ -9,7 +9,6 @@ a long one's.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -22,6 +21,7 @@ from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
 from flowprefill_sglang.kernels.kv_pages import block_bytes, gather_pages
 from flowprefill_sglang.kv.layout import Layout, Span, largest_chunk_bytes, layout_mismatch
+from flowprefill_sglang.kv.link_thread import LinkThread
 from flowprefill_sglang.kv.links import has_lost_link
 from flowprefill_sglang.kv.mailbox import Mailbox
 from flowprefill_sglang.kv.messages import (
@@ -103,7 +103,7 @@ class PrefillLinks:
         self._cancelled: set[int] = set()  # added to by any thread, before a cancelled room's pages are given back
         self._mailbox = Mailbox()
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="kv-prefill-links", daemon=True)
+        self._thread = LinkThread("kv-prefill-links", self._run, lambda: self._mailbox.post(self._end_loop))
         self._thread.start()
 
     # ---- from any thread --------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class PrefillLinks:
     def close(self) -> None:
         """Fail what is in flight, close all connections and end the thread."""
         self._mailbox.post(self._begin_close)
-        self._thread.join()
+        self._thread.wait()
         self._context.destroy(linger=0)
         self._mailbox.close()
 
@@ -262,6 +262,9 @@ class PrefillLinks:
     def _begin_close(self) -> None:
         for link in list(self._links.values()):
             self._drop(link, "the prefill side is shutting down")
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._is_closing = True
 
     # ---- sending ----------------------------------------------------------------------------------------------
