@@ -19,8 +19,8 @@ MAX_IDLE: Final = 8
 """Kept for the tasks to come; more are under way at once only while so many are suspended."""
 
 
-class Carriers:
-    """Owned by one thread, as greenlets are. A carrier is *idle*, in here, or with the task that took it."""
+class Carriers(threading.local):
+    """Each thread's own, as greenlets are. A carrier is *idle*, in here, or with the task that took it."""
 
     def __init__(self) -> None:
         self._idle: list[greenlet] = []
@@ -41,17 +41,7 @@ class Carriers:
             carrier.throw()
 
 
-class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.carriers = Carriers()
-
-
-_of_thread = _OfThread()
-
-
-def carriers() -> Carriers:
-    """This thread's."""
-    return _of_thread.carriers
+carriers: Final = Carriers()
 
 
 def _carry(function: Callable[[], None]) -> None:

@@ -290,6 +290,7 @@ class PrefillScheduler:
         has put some behind that a batch carries in time (docs/scheduling.md has the figures).
         """
         limits = self._batching
+        # Where nobody can join, as fill_batch would find too, nobody needs to be put in order.
         if limits.max_requests == 1 or head.new_tokens >= limits.max_new_tokens or len(self._requests) == 1:
             return [head]
         if self._joins_in_sedf_order:

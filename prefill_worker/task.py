@@ -108,7 +108,7 @@ class ForwardTask(Generic[Result]):
         starts = carrier is None
         hubs = state.save()
         if carrier is None:
-            carrier = self._carrier = carriers().take()
+            carrier = self._carrier = carriers.take()
             carrier.gr_context = copy_context()
         else:
             saved, self._saved = self._saved, None
@@ -124,7 +124,7 @@ class ForwardTask(Generic[Result]):
             self._gate.close()
             if self.is_over:
                 self._carrier = None
-                carriers().give_back(carrier)
+                carriers.give_back(carrier)
             if self.suspensions or not self.is_over:
                 state.restore(hubs)  # else nothing came between: a forward leaves what it always leaves
         if self._failure is not None:

@@ -3,7 +3,6 @@ go on: many half-prefilled prompts, control requests beside suspended tasks, and
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ import pytest
 
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import Cluster, wait_until
-from flowprefill_testing.direct import Answer, DirectWorkers, Pair
+from flowprefill_testing.direct import Answer, DirectWorkers, Pair, assert_right, expected
 from flowprefill_testing.held_passes import PLACES, HeldPasses, flags
-from flowprefill_testing.http import generate
-from flowprefill_testing.servers import STRICT, with_us
+from flowprefill_testing.servers import STRICT, with_support, with_us
 
 pytestmark = pytest.mark.cluster
 
@@ -38,11 +36,10 @@ class HeldWorker:
 @pytest.fixture(scope="module")
 def _worker(cluster: Cluster, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldWorker]:
     folder = tmp_path_factory.mktemp("held")
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")])
     memory = ["--max-total-tokens", "20000", "--chunked-prefill-size", str(CHUNK)]
     watched = ["--watchdog-timeout", str(WATCHDOG_S)]
     # Before it ends a stuck worker SGLang waits 5 s for a GPU to settle, if it is to look at Python's stacks.
-    settings = {**STRICT, **with_us(), "PYTHONPATH": path, "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0"}
+    settings = {**STRICT, **with_us(), **with_support(), "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0"}
     with DirectWorkers(model_path, cluster.log_dir, settings) as workers:
         workers.start("held", [*memory, *watched, *flags(folder)])
         pair = workers.pair("held", cluster.workers["decode-0"]["url"])
@@ -55,15 +52,6 @@ def worker(_worker: HeldWorker) -> Iterator[HeldWorker]:
     wait_until(lambda: _worker.pair.control("/flush_cache")[0] == 200, timeout_s=30)
     yield _worker
     _worker.passes.free()
-
-
-def assert_right(answers: list[Answer], bodies: list[list[int]], stock_url: str) -> None:
-    for answer, body in zip(answers, bodies, strict=True):
-        assert answer.whole()["output_ids"] == expected(stock_url, body), len(body)
-
-
-def expected(stock_url: str, input_ids: list[int]) -> list[int]:
-    return generate(stock_url, input_ids=input_ids)["output_ids"]
 
 
 def half_prefilled(worker: HeldWorker, seed: int, count: int) -> tuple[list[list[int]], list[Answer]]:

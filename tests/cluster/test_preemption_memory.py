@@ -6,17 +6,12 @@ import pytest
 
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import wait_until
-from flowprefill_testing.direct import Answer, Pair
-from flowprefill_testing.http import at_once, generate
+from flowprefill_testing.direct import Answer, Pair, assert_right, expected
+from flowprefill_testing.http import at_once
 
 pytestmark = pytest.mark.cluster
 
 POOL = 6_600
-
-
-def assert_right(answers: list[Answer], bodies: list[list[int]], stock_url: str) -> None:
-    for answer, body in zip(answers, bodies, strict=True):
-        assert answer.whole()["output_ids"] == generate(stock_url, input_ids=body)["output_ids"], len(body)
 
 
 @pytest.mark.parametrize("tightening", [True, False])
@@ -83,5 +78,5 @@ def test_a_burst_of_everything(tight: Pair, stock_url: str) -> None:
     for number, (answer, body) in enumerate(zip(answers, bodies, strict=True)):
         answer.prefill.result(120), answer.decode.result(120)
         if number not in aborted:
-            assert answer.whole()["output_ids"] == generate(stock_url, input_ids=body)["output_ids"], len(body)
+            assert answer.whole()["output_ids"] == expected(stock_url, body), len(body)
     wait_until(lambda: tight.load()["num_used_tokens"] == 0, timeout_s=30)

@@ -14,6 +14,7 @@ from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.cluster.process import ChildProcess, describe_exit, end, server_environment
 from flowprefill_sglang.cluster.process_group import memory_bytes, processes_of, shared_memory_of
 from flowprefill_testing.clusters import wait_until
+from flowprefill_testing.servers import with_support
 
 INTERRUPTED = """
 import signal, sys, time
@@ -216,9 +217,7 @@ with (folder / "stock.log").open("wb") as log:
     subprocess.Popen([sys.executable, *stock], stdout=log, stderr=log, **settings)
 time.sleep(300)
 """
-    support = str(Path(__file__).parents[1] / "support")
-    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
-    session = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path})
+    session = subprocess.Popen([sys.executable, "-c", script], env=os.environ | with_support())
     started: dict[int, psutil.Process] = {}
 
     def have_begun() -> bool:

@@ -13,7 +13,7 @@ import pytest
 from flowprefill_testing import prompts
 from flowprefill_testing.clusters import Cluster, wait_until
 from flowprefill_testing.clusters import answers as answers_at
-from flowprefill_testing.direct import Answer, Pair
+from flowprefill_testing.direct import Answer, Pair, expected
 from flowprefill_testing.http import generate, get
 
 pytestmark = pytest.mark.cluster
@@ -29,10 +29,6 @@ def pair(wide: Cluster) -> Pair:
     assert server["tp_size"] == 2
     port = server["disaggregation_bootstrap_port"]
     return Pair(prefill_url, port, wide.workers["decode-0"]["url"], wide.process)
-
-
-def expected(stock_url: str, input_ids: list[int]) -> list[int]:
-    return generate(stock_url, input_ids=input_ids)["output_ids"]
 
 
 def three_deep(pair: Pair, seed: int) -> tuple[list[list[int]], list[Answer]]:

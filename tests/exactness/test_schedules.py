@@ -13,11 +13,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flowprefill_testing.servers import with_support
 from flowprefill_testing.tiny_models import ARCHITECTURES
 
 pytestmark = pytest.mark.cluster
@@ -51,11 +51,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
         for architecture, backend in reversed(MODELS)  # the slow ones first
     ]
     words.append(LORA)
-    support = Path(__file__).parents[1] / "support"
     run = subprocess.run(
         [sys.executable, "-m", "flowprefill_testing.exactness", str(directory), *words],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | with_support() | {"OMP_NUM_THREADS": "1"},
         cwd=directory,
         capture_output=True,
         text=True,

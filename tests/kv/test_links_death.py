@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pathlib
 import subprocess
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from flowprefill_testing.kv_link_pair import (
     wait_until,
 )
 from flowprefill_testing.kv_rogues import RoguePrefill
+from flowprefill_testing.servers import with_support
 
 
 @pytest.mark.parametrize("is_started", [True, False])
@@ -150,10 +150,9 @@ def test_a_process_ends_with_transfers_under_way() -> None:
         wait_until(lambda: any(decode.pool.pages([0])), "the first page")
         print("under way")
     """
-    support = pathlib.Path(__file__).parents[1] / "support"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env=os.environ | {"PYTHONPATH": str(support)},
+        env=os.environ | with_support(),
         capture_output=True,
         text=True,
         timeout=60,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_testing.clusters import CONTEXT_TOKENS, PAGE_TOKENS, answers, wait_until
-from flowprefill_testing.http import get, post, request
+from flowprefill_testing.http import generate, get, post, request
 
 _rooms = itertools.count(random.getrandbits(60))  # a server remembers rooms that were never used up
 _lock = threading.Lock()
@@ -51,6 +51,17 @@ class Answer:
             if key in prefill["meta_info"]:
                 decode["meta_info"][key] = prefill["meta_info"][key]
         return decode
+
+
+def expected(stock_url: str, input_ids: list[int]) -> list[int]:
+    """What a stock server answers."""
+    return generate(stock_url, input_ids=input_ids)["output_ids"]
+
+
+def assert_right(answers: list[Answer], bodies: list[list[int]], stock_url: str) -> None:
+    """Each one's answer is a stock server's to the same prompt; waits for all."""
+    for answer, body in zip(answers, bodies, strict=True):
+        assert answer.whole()["output_ids"] == expected(stock_url, body), len(body)
 
 
 @dataclass

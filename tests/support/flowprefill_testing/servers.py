@@ -28,6 +28,11 @@ STOCK_SERVER = (
 """Python's arguments that run a stock SGLang server, which like a ``flowprefill`` command heeds ``with_us``."""
 
 
+def with_support() -> dict[str, str]:
+    """Environment of a command that imports ``flowprefill_testing``, as tests do."""
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
 def with_us() -> dict[str, str]:
     """Environment of a command that is to die with this process, however this process dies."""
     return {PARENT_VARIABLE: str(os.getpid())}
