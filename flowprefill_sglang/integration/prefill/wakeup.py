@@ -4,9 +4,9 @@ A request can be prefilled once its message has come *and* its decode instance i
 ``News`` hears of both: of messages from a ``Doorbell``, of handoffs from a hook on ``CommonKVManager.update_status``,
 which every transfer backend calls from its own threads. Only what can change a decision stops the running task at its
 next boundary: the second of the two, a failed handoff, or one that ended while memory is short. Anything else (the
-first of the two, a control request, a handoff that ended well) stops it after ``MAY_WAIT_S``, and is otherwise taken in
-when the task stops or ends by itself: a stop costs up to a millisecond, and a request would make three. And requests
-that come in a burst share their stops: see ``Pace``.
+first of the two, a control request) stops it after ``MAY_WAIT_S``, a handoff that ended well after
+``ENDED_MAY_WAIT_S``, and is otherwise taken in when the task stops or ends by itself: a stop costs up to a millisecond,
+and a request would make three. And requests that come in a burst share their stops: see ``Pace``.
 
 ``Wakeup`` is the loop's own bed: it sleeps on the sockets and on an eventfd, and gets up for either.
 
@@ -41,7 +41,9 @@ that SGLang refuses never comes. One that is forgotten and comes after all stops
 
 MAY_WAIT_S = 0.02
 """How long what changes no decision may wait for the running task's end before it stops that task."""
-
+ENDED_MAY_WAIT_S = 0.1
+"""The same for a handoff that ended well, while nobody waits for what it holds. The first token is with the decode
+instance by then; only an answer that carries logprobs of the prompt waits for it."""
 
 SHARE_OF_OBJECTIVE = 0.01
 """What a request may wait, of the tightest objective seen lately, because the loop has just looked for news."""
@@ -104,10 +106,10 @@ class Wakeup:
             self._gate.raise_flag()
         self._if_asleep()
 
-    def soon_please(self) -> None:
-        """Stop the running task after ``MAY_WAIT_S``, or get the loop up if it sleeps."""
+    def soon_please(self, within_s: float = MAY_WAIT_S) -> None:
+        """Stop the running task after ``within_s``, or get the loop up if it sleeps."""
         self._ranks.tell(WakeUp(is_urgent=False))
-        self._gate.raise_within(MAY_WAIT_S)
+        self._gate.raise_within(within_s)
         self._if_asleep()
 
     def _if_asleep(self) -> None:
@@ -273,7 +275,7 @@ class News:
         elif self.is_memory_short:
             wakeup.now_please()
         else:
-            wakeup.soon_please()
+            wakeup.soon_please(ENDED_MAY_WAIT_S)
 
     def _became_ready(self, room: int, wakeup: Wakeup) -> None:
         if len(self.ready_at) >= MAX_READY_ROOMS:

@@ -191,8 +191,9 @@ def test_a_handoff_that_ended_well_stops_the_running_task_when_memory_is_short(e
 
 def test_a_handoff_that_ended_well_can_wait_when_it_is_not(events: News, gate: Gate, bed: Wakeup, clock: Clock) -> None:
     events.changed(7, KVPoll.Success)
+    clock.now += wakeup.ENDED_MAY_WAIT_S / 2
     assert not stops(gate)
-    clock.now += 2 * wakeup.MAY_WAIT_S
+    clock.now += wakeup.ENDED_MAY_WAIT_S
     assert stops(gate)
     assert seconds(bed.wait, LONG_S) < 1, "an idle loop gets up for it at once"
 
