@@ -36,6 +36,7 @@ def _register() -> None:
         cpu_arithmetic,
         cpu_disaggregation,
         cpu_lora,
+        cpu_start,
         platform,
         transfer_backend,
     )
@@ -51,8 +52,9 @@ def _register() -> None:
     if settings is not None:
         hooks += _scheduler_hooks(settings)
     if not platform.has_accelerator():
-        hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks(), *cpu_lora.hooks()]
+        hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks(), *cpu_lora.hooks(), *cpu_start.hooks()]
         checks.append(cpu_disaggregation.check)
+        cpu_start.prefer_few_models()
         # SGLang's HTTP process otherwise waits a minute for the GPU's dump before it ends with a scheduler that crashed
         # or hangs, and answers nobody meanwhile.
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")

@@ -73,7 +73,7 @@ def test_ends_and_leaves_nothing(pool: UpPool) -> None:
     held = holdings_of([pool.process.pid], pool.temporary)
     assert {member["pid"] for member in pool.status()["members"]} <= {process.pid for process in held.processes}
     kinds = {re.split("[-_]", path.name)[0] for path in held.shared_memory}
-    assert kinds >= {"sem.mp", "sglang"}, "what Python and SGLang may leave is looked at"
+    assert "sglang" in kinds, "what SGLang may leave is looked at"
     assert len(held.listening) >= 6
     assert pool.end() == 0
     psutil.wait_procs(held.processes, timeout=20)

@@ -60,7 +60,7 @@ DEFINES_SCHEMAS = """
 
 
 def test_the_missing_schemas_are_defined_once() -> None:
-    facts = facts_of(DEFINES_SCHEMAS.format(before=""))
+    facts = facts_of(DEFINES_SCHEMAS.format(before=""), is_fresh=True)
     assert facts["registrations"] == 1
     assert facts["schemas"] == ["torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"]
 
@@ -68,7 +68,7 @@ def test_the_missing_schemas_are_defined_once() -> None:
 def test_a_torchvision_that_works_is_left_alone() -> None:
     before = """library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor theirs) -> Tensor")"""
-    facts = facts_of(DEFINES_SCHEMAS.format(before=before))
+    facts = facts_of(DEFINES_SCHEMAS.format(before=before), is_fresh=True)
     assert facts == {"registrations": 0, "schemas": ["torchvision::nms(Tensor theirs) -> Tensor"]}
 
 
@@ -79,13 +79,14 @@ def test_only_a_cuda_build_needs_the_schemas(tmp_path: Path, version: str, regis
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "version.py").write_text(f"__version__ = '{version}'\n")
-    facts = facts_of(f"""
+    script = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         from flowprefill_sglang.integration import platform
         platform.define_torchvision_schemas()
         facts["registrations"] = len(platform._torchvision_schemas)
-    """)
+    """
+    facts = facts_of(script, is_fresh=True)
     assert facts["registrations"] == registrations
 
 
@@ -98,7 +99,7 @@ def seen() -> dict[str, Any]:
     pytest.importorskip("sglang", reason="the seam needs SGLang")
     if platform.has_accelerator():
         pytest.skip("the embedded default steps aside here")
-    return facts_of("""
+    script = """
         from types import SimpleNamespace
         from sglang.srt.platforms import current_platform
 
@@ -117,7 +118,8 @@ def seen() -> dict[str, Any]:
 
         facts["defaults"] = resolved()
         facts["given"] = resolved(dtype="bfloat16", max_total_tokens=100, mem_fraction_static=0.5)
-    """)
+    """
+    return facts_of(script, is_fresh=True)
 
 
 def test_unmodified_sglang_gets_the_platform(seen: dict[str, Any]) -> None:
