@@ -39,7 +39,8 @@ class Holdings:
 
 
 def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
-    """Of these processes and all their children. ``temporary``: where their files go; those elsewhere are read only."""
+    """Of these processes, all their children, and those that clear away behind them. ``temporary``: where their files
+    go; those elsewhere are read only."""
     held = Holdings()
     for pid in pids:
         parent = psutil.Process(pid)
@@ -47,6 +48,8 @@ def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
     for process in held.processes:
         with suppress(psutil.NoSuchProcess, OSError):
             _add(held, process, temporary)
+    folders = set(map(str, held.files))
+    held.processes |= {one for one in psutil.process_iter(["cmdline"]) if folders & set(one.info["cmdline"] or ())}
     return held
 
 
