@@ -1,8 +1,9 @@
 """Clears away what a member leaves, also when whoever started it was killed, or the node's Ray.
 
 One small process a member. It learns of its owner's end by a pipe that the kernel closes then, waits until the member's
-processes are gone, and removes what they had in shared memory and the member's folder. It is no child of its owner's:
-Ray ends its workers' children with them.
+processes are gone, and removes what they had in shared memory and the member's folder. That they are gone is enough: a
+Ray worker that has lost its node can end the thread that started them, and hang itself. It is no child of its owner's,
+for Ray ends its workers' children with them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ most is made while it starts. Takes milliseconds."""
 _AFTERLIFE_S: Final = 2.0
 """How long a member's processes, which the kernel ends with its owner, may take."""
 _LAST_WORDS_S: Final = 10.0
-"""How long the folder of a member whose owner was killed stays: its log may be in it, and somebody may ask why."""
+"""How long the folder of a member that was lost with its owner stays: its log may be in it, and somebody may ask."""
 _ENDS_WITHIN_S: Final = 10.0
 _POLL_INTERVAL_S: Final = 0.1
 _ALL_IS_WELL: Final = b"."
@@ -72,9 +73,8 @@ def main() -> None:
     group, folder = int(sys.argv[1]), Path(sys.argv[2])
     shared: set[Path] = set()
     began_at = time.monotonic()
-    while not select.select([0], [], [], _pause_s(time.monotonic() - began_at))[0]:
+    while not _hears(_pause_s(time.monotonic() - began_at)) and processes_of(group):
         shared |= shared_memory_of(group)
-    owner_lives = os.read(0, 1) == _ALL_IS_WELL
     shared |= shared_memory_of(group)
     _wait(_AFTERLIFE_S, lambda: not processes_of(group))
     if processes_of(group):
@@ -84,9 +84,18 @@ def main() -> None:
     for file in shared:
         with contextlib.suppress(OSError):
             file.unlink()
-    if not owner_lives:
-        _wait(_LAST_WORDS_S, lambda: not folder.exists())
+    _wait(_LAST_WORDS_S, lambda: _is_well() or not folder.exists())
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hears(longest_s: float) -> bool:
+    """Whether the owner says something within this time, or has ended."""
+    return bool(select.select([0], [], [], longest_s)[0])
+
+
+def _is_well() -> bool:
+    """Whether the owner says that it needs nothing any more."""
+    return _hears(0.0) and os.read(0, 1) == _ALL_IS_WELL
 
 
 def _pause_s(age_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Owner:
         wait_until(lambda: "memory: " in log.read_text(), timeout_s=60)
         self.memory = Path(log.read_text().partition("memory: ")[2].strip())
         wait_until(lambda: len(self.helpers()) == 1, timeout_s=60)
+        self.ready_at = time.time()
 
     def helpers(self) -> list[psutil.Process]:
         """Processes that are there for this member alone."""
@@ -87,10 +89,19 @@ def test_an_owner_that_ends_it_has_cleared_away(owner: Owner) -> None:
     assert owner.helpers() == []
 
 
+def test_what_is_left_of_a_member_whose_owner_hangs_is_cleared_away(owner: Owner) -> None:
+    wait_until(lambda: time.time() > owner.ready_at + NOTED_WITHIN_S, timeout_s=60)
+    owner.process.send_signal(signal.SIGSTOP)
+    for process in psutil.Process(owner.process.pid).children(recursive=True):
+        process.kill()
+    wait_until(lambda: not owner.helpers(), timeout_s=60)
+    assert not owner.folder.exists()
+    assert not owner.memory.exists()
+
+
 def test_what_is_left_of_a_killed_owner_is_cleared_away(owner: Owner) -> None:
     child = psutil.Process(int((owner.folder / "child").read_text()))
-    began_at = time.time()
-    wait_until(lambda: time.time() > began_at + NOTED_WITHIN_S, timeout_s=60)
+    wait_until(lambda: time.time() > owner.ready_at + NOTED_WITHIN_S, timeout_s=60)
     owner.process.kill()
     wait_until(lambda: not owner.memory.exists(), timeout_s=60)
     assert (owner.folder / "decode-0.log").exists(), "somebody may ask for its last words"

@@ -174,7 +174,7 @@ def test_a_killed_actor_is_replaced(pool: RayPool) -> None:
     pool.wait(lambda: not psutil.pid_exists(before["pid"]), 20)
     pool.wait(lambda: pool.restarted("prefill-0", before["restarts"]), RECOVERY_S)
     assert "actor" in pool.member("prefill-0")["last_failure"]
-    pool.wait(lambda: held.left() == [], CLEARED_S)
+    assert held.left_after(CLEARED_S) == []
     assert pool.ask(3) == 200
 
 
@@ -186,7 +186,7 @@ def test_the_members_of_a_lost_node_are_placed_elsewhere(pool: RayPool, nodes: A
     nodes.remove_node(lost, allow_graceful=False)
     pool.wait(lambda: pool.restarted("decode-0", before["restarts"]), RECOVERY_S)
     assert pool.member("decode-0")["node"] != before["node"]
-    pool.wait(lambda: held.left() == [], CLEARED_S)
+    assert held.left_after(CLEARED_S) == []
     assert pool.ask(4) == 200
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,13 @@ class Holdings:
         return sorted(
             [*found, *(f"listens on {address}:{port}" for address, port in self.listening if heard(address, port))]
         )
+
+    def left_after(self, longest_s: float) -> list[str]:
+        """The same once nothing is left, or after this time."""
+        deadline = time.monotonic() + longest_s
+        while (found := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
 
 
 def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
