@@ -1,4 +1,4 @@
-"""Time to recovery of a pool on Ray: from the loss of a server process, an actor or a node to ready again.
+"""Time to recovery of a pool on Ray: from the loss of a process, an actor or a node to ready again.
 
 A Ray cluster of several nodes on this machine, two prefill workers and a decode instance with the tiny model. Two
 clients ask one request after another meanwhile; how their requests ended is in each row. Most of a recovery is the
@@ -43,6 +43,7 @@ def main() -> int:
             rows = [
                 recovery(pool, "process killed", lambda one: os.kill(one["pid"], signal.SIGKILL)),
                 recovery(pool, "process stopped", lambda one: os.kill(one["pid"], signal.SIGSTOP)),
+                recovery(pool, "scheduler stopped", lambda one: scheduler_of(one["pid"]).suspend()),
                 recovery(pool, "actor killed", lambda one: os.kill(parent_of(one["pid"]), signal.SIGKILL)),
                 recovery(pool, "node lost", lambda one: lose_node(nodes, one["node"])),
             ]
@@ -75,6 +76,12 @@ def recovery(pool: RayPool, loss: str, lose: Callable[[dict[str, Any]], object])
 def parent_of(pid: int) -> int:
     """The actor of a server process."""
     return psutil.Process(pid).ppid()
+
+
+def scheduler_of(pid: int) -> psutil.Process:
+    """The process of a server that computes."""
+    children = psutil.Process(pid).children(recursive=True)
+    return next(child for child in children if child.name().startswith("sglang::sched"))
 
 
 def lose_node(nodes: Any, node_id: str) -> None:  # Ray's test cluster, untyped

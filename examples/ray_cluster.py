@@ -35,5 +35,5 @@ if __name__ == "__main__":
     parser.add_argument("model_path", type=Path)
     parser.add_argument("--ray-address", help="the cluster to join (default: a new one on this machine)")
     options, sglang_flags = parser.parse_known_args()
-    spec = ClusterSpec(model_path=options.model_path.resolve(), sglang_arguments=tuple(sglang_flags))
+    spec = ClusterSpec(model_path=options.model_path.absolute(), sglang_arguments=tuple(sglang_flags))
     print(asyncio.run(ask_a_pool(spec, options.ray_address)))

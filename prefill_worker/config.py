@@ -38,9 +38,10 @@ class WorkerConfig:
     """Longest wait for requests in flight once the worker drains, asked by the router or by SIGTERM. Then they are
     aborted, and the router tries them elsewhere. Thirty seconds are what orchestrators give a process by default."""
     unresponsive_s: float = 60.0
-    """A scheduler process that leaves a question unanswered for so long is taken for hung, and the worker ends, to be
-    started again. A minute: it answers at the next operator boundary, and no operator, nor what is compiled at its
-    first use, should take so long; SGLang's own watchdog, which has no say between two batches, waits five."""
+    """A scheduler or detokenizer that leaves a question unanswered for so long is taken for hung, and the worker ends,
+    to be started again. A minute: a scheduler answers at the next operator boundary, and no operator, nor what is
+    compiled at its first use, should take so long; SGLang's own watchdog, which has no say between two batches, waits
+    five."""
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     """What is prefilled when."""
 
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_seconds,
         default=WorkerConfig.unresponsive_s,
         metavar="S",
-        help="a scheduler process that answers nothing for so long is hung: the worker ends (default: %(default)s)",
+        help="a scheduler or detokenizer that answers nothing for so long is hung: "
+        "the worker ends (default: %(default)s)",
     )
     _add_scheduler_arguments(parser.add_argument_group("scheduling"))
 

@@ -23,7 +23,7 @@ from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.progress import ProgressReader
 from flowprefill_sglang.prefill_worker.reporter import Batch
 from flowprefill_sglang.prefill_worker.session import Action, Cancel, Log, Prefill, Reconnect, Send, Session
-from flowprefill_sglang.prefill_worker.signs_of_life import SignsOfLife
+from flowprefill_sglang.prefill_worker.signs_of_life import Part, SignsOfLife
 from flowprefill_sglang.wire.framing import Buffer, MalformedMessage, decode_to_worker, encode
 from flowprefill_sglang.wire.messages import Dispatch, Hello
 
@@ -37,8 +37,8 @@ PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 """Handlers that a router may call; everything else goes to the worker's HTTP endpoint."""
 
 
-class SchedulerHangs(PeerFault):
-    """The engine's scheduler process does not answer any more. Nothing in this worker can help it."""
+class EngineHangs(PeerFault):
+    """A process of the engine does not answer any more. Nothing in this worker can help it."""
 
 
 class Engine(Protocol):
@@ -65,8 +65,8 @@ class Engine(Protocol):
         """The facts about this worker."""
         ...
 
-    async def sign_of_life(self) -> None:
-        """Ask the scheduler process, and return when it has answered."""
+    async def sign_of_life(self, part: Part) -> None:
+        """Ask this process, and return when it has answered."""
         ...
 
     def is_under_control(self) -> bool:
@@ -126,13 +126,13 @@ class Link:
         self._running: dict[str, _Running] = {}  # by the link's id; a new request may take a cancelled one's place
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = ProgressReader()
-        self._signs = SignsOfLife(patience_s=config.unresponsive_s, now=clock())
+        self._signs = {part: SignsOfLife(patience_s=config.unresponsive_s, now=clock()) for part in Part}
 
     async def run(self) -> None:
         """Greet the router and serve it until the link is over: drained, or the engine is stopping. A router that
         refuses this worker for its version is greeted on, slowly.
 
-        Raises whatever ``Engine.hello`` raises, and SchedulerHangs.
+        Raises whatever ``Engine.hello`` raises, and EngineHangs.
         """
         loop = asyncio.get_running_loop()
         hello = await self._engine.hello(self._config)
@@ -171,24 +171,24 @@ class Link:
             return
         self._repeat_aborts()
         await self._look_for_signs_of_life()
-        await self._do(self._session.tick(clock(), self._signs.silent_s))
+        await self._do(self._session.tick(clock(), max(signs.silent_s for signs in self._signs.values())))
 
     async def _look_for_signs_of_life(self) -> None:
-        signs = self._signs
-        is_excused = self._engine.is_under_control()
-        if signs.look(self._clock(), is_busy=bool(self._running), is_excused=is_excused):
-            self._spawn(self._ask())
-        if signs.is_hung:
-            reason = f"its scheduler process has not answered for {signs.silent_s:.0f} s"
-            await self._do(self._session.leave(reason))  # the router tries elsewhere what it had sent here
-            raise SchedulerHangs(f"{reason} (--unresponsive-secs); this worker ends")
+        for part, signs in self._signs.items():
+            is_excused = part is Part.SCHEDULER and self._engine.is_under_control()
+            if signs.look(self._clock(), is_busy=bool(self._running), is_excused=is_excused):
+                self._spawn(self._ask(part))
+            if signs.is_hung:
+                reason = f"its {part} process has not answered for {signs.silent_s:.0f} s"
+                await self._do(self._session.leave(reason))  # the router tries elsewhere what it had sent here
+                raise EngineHangs(f"{reason} (--unresponsive-secs); this worker ends")
 
-    async def _ask(self) -> None:
+    async def _ask(self, part: Part) -> None:
         try:
-            await self._engine.sign_of_life()
+            await self._engine.sign_of_life(part)
         except Exception as error:  # it is no proof of a hang
-            logger.warning("the scheduler process could not be asked whether it works: %s", error)
-        self._signs.heard(self._clock())
+            logger.warning("the %s process could not be asked whether it works: %s", part, error)
+        self._signs[part].heard(self._clock())
 
     async def _readable(self, wait_s: float) -> bool:
         assert self._socket is not None
@@ -263,7 +263,7 @@ class Link:
 
     def _observe(self, batch: Batch) -> None:
         """What the engine's scheduler has done."""
-        self._signs.heard(self._clock())
+        self._signs[Part.SCHEDULER].heard(self._clock())
         changes = self._progress.read(batch.events)
         actions = [action for rid, phase in changes for action in self._session.progressed(rid, phase)]
         if actions:

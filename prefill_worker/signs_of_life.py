@@ -1,17 +1,19 @@
-"""Whether the scheduler process still works, as its HTTP process can know: questions, answers and a clock passed in.
+"""Whether SGLang's other processes still work, as its HTTP process can know: questions, answers and a clock passed in.
 
 The scheduler process may hang while the HTTP process answers and beats on. An idle scheduler sleeps, so its silence
 alone says nothing. So it is asked: it takes the question in at its next operator boundary, or gets up for it. What it
 reports unasked counts as an answer. Then only two things keep it silent for long: an operator, for which there is
-patience, and a control request, which may load weights for minutes and is excused.
+patience, and a control request, which may load weights for minutes and is excused. The detokenizer process, through
+which all answers go, is asked by itself.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Final
 
 ASK_EVERY_S: Final = 5.0
-"""Silence after which a scheduler with requests in hand is asked. It costs a stop of the running task."""
+"""Silence after which a process with requests in hand is asked. It costs the scheduler a stop of the running task."""
 ASK_IDLE_EVERY_S: Final = 30.0
 """The same without requests: as often as an idle scheduler gets up by itself."""
 LONGEST_GAP_S: Final = 5.0
@@ -19,8 +21,15 @@ LONGEST_GAP_S: Final = 5.0
 and has not read the answer yet."""
 
 
+class Part(StrEnum):
+    """A process of the worker beside the one that asks."""
+
+    SCHEDULER = "scheduler"
+    DETOKENIZER = "detokenizer"
+
+
 class SignsOfLife:
-    """Owned by the link's event loop. ``now`` is a monotonic clock in seconds."""
+    """Of one process. Owned by the link's event loop. ``now`` is a monotonic clock in seconds."""
 
     def __init__(self, *, patience_s: float, now: float) -> None:
         """``patience_s``: how long an answer may take."""
@@ -32,7 +41,7 @@ class SignsOfLife:
         """How long a question has waited for its answer; 0 while none does."""
 
     def heard(self, now: float) -> None:
-        """The scheduler has answered, or said something of its own."""
+        """The process has answered, or said something of its own."""
         self._heard_at = now
         self._is_asked, self.silent_s = False, 0.0
 

@@ -113,11 +113,14 @@ class Exchange:
 
     # ---- decode --------------------------------------------------------------------------------------------------
 
-    def decode_streams(self) -> Steps:
-        """The decode side began to answer with a stream, which is passed on from here."""
+    def decode_streams(self, *, needs_prefill: bool = True) -> Steps:
+        """The decode side began to answer with a stream, which is passed on from here. ``needs_prefill``: whether the
+        prefill side can still have anything to give; without, nothing that happens to it matters any more."""
         if self.decode is not Side.WORKING or self.outcome is not None or self.answering:
             return ()
         self.answering = True
+        if not needs_prefill:
+            self.prefill = Side.OVER
         return (Step.RELAY,)
 
     def decode_answered(self, status: int, detail: str = "") -> Steps:

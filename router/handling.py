@@ -371,7 +371,7 @@ class Handling:
         begun = b"".join(self._chunks)
         error = stream_error(begun)
         if error is None and (self._ended or EVENT_ENDS in begun):
-            self._do(self.exchange.decode_streams())
+            self._do(self.exchange.decode_streams(needs_prefill=self._request.needs_prefill_while_streaming))
         elif error is not None and self._ended:
             self._status, self.streams, self._chunks = error.status, False, [error.document]
             self._answer_headers = [JSON, self.terms.answer_header()]

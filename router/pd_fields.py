@@ -94,6 +94,12 @@ class ParsedRequest:
     """What the body says of objective, class and priority. SGLang 0.5.23 reads ``priority`` and ignores the others, on
     every path, so they stay in the body."""
 
+    @property
+    def needs_prefill_while_streaming(self) -> bool:
+        """Whether the prefill side has anything to do once the answer's stream has begun: the first token of a single
+        prompt comes when all of its KV has been handed over, those of a batch one by one."""
+        return self.batch is not None or self.merges_logprobs
+
 
 def parse(path: str, body: bytes) -> ParsedRequest:
     """Read a request's body once. Raises BadInput when it is no JSON object, or what the router needs is malformed."""

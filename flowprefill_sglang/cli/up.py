@@ -106,7 +106,7 @@ def run_up(namespace: argparse.Namespace) -> int:
         _require_writable(ready_file)
     file: Configured | None = namespace.configured
     spec = ClusterSpec(
-        model_path=(namespace.model_path or make_tiny_model()).resolve(),
+        model_path=(namespace.model_path or make_tiny_model()).absolute(),  # a link may lead elsewhere on another node
         prefill=namespace.prefill,
         decode=namespace.decode,
         host=namespace.host,
@@ -125,7 +125,7 @@ def run_up(namespace: argparse.Namespace) -> int:
         threads=file.threads if file else None,
         share_gpus=namespace.share_gpus,
         startup_timeout_s=file.startup_timeout_s if file else ClusterSpec.startup_timeout_s,
-        log_dir=namespace.log_dir.resolve() if namespace.log_dir is not None else None,
+        log_dir=namespace.log_dir.absolute() if namespace.log_dir is not None else None,
     )
     if namespace.ray_address is not None and namespace.launcher != "ray":
         raise BadInput("--ray-address needs --launcher ray")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Final
 
+from flowprefill_sglang.cluster.cleaner import Cleaner
 from flowprefill_sglang.cluster.gpus import VARIABLE
 from flowprefill_sglang.cluster.members import Order
 from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_sglang.cluster.process import WRONG_USE, ChildProcess, end, server_environment
 from flowprefill_sglang.errors import StartupError
-
-_NOTE_EVERY_S: Final = 10.0
-"""How often what a process has in shared memory is noted, should it end by itself. Takes some milliseconds."""
 
 
 class MemberProcess:
@@ -43,11 +39,15 @@ class MemberProcess:
         """Of its temporary files, and of its log when the order says nothing."""
         try:
             self.child = self._start(order, address, threads)
+            try:
+                self.cleaner = Cleaner(self.child.pid, self.folder)
+            except BaseException:
+                self.child.kill()
+                raise
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self.url = f"http://{address}:{self.ports[0]}"
-        self._noted_at = time.monotonic()
 
     def _start(self, order: Order, address: str, threads: int | None) -> ChildProcess:
         log_dir = Path(order.log_dir or self.folder)
@@ -63,11 +63,9 @@ class MemberProcess:
 
     def ended(self) -> tuple[str, bool] | None:
         """How it ended, and whether because it does not take its flags; None while it runs."""
+        self.cleaner.reap()
         status = self.child.exit_status
         if status is None:
-            if time.monotonic() > self._noted_at + _NOTE_EVERY_S:
-                self.child.note_shared_memory()
-                self._noted_at = time.monotonic()
             return None
         return self.child.how_it_ended(), status == WRONG_USE
 
@@ -75,7 +73,9 @@ class MemberProcess:
 def end_members(
     processes: Sequence[MemberProcess], graces_s: Sequence[float], is_hurried: Callable[[], bool] = lambda: False
 ) -> None:
-    """As ``process.end``; their folders are removed."""
+    """As ``process.end``; their folders are removed, and what those that ended before had in shared memory."""
     end([process.child for process in processes], graces_s, is_hurried)
     for process in processes:
-        shutil.rmtree(process.folder, ignore_errors=True)
+        process.cleaner.begin_to_finish()
+    for process in processes:
+        process.cleaner.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 from collections.abc import Collection
@@ -59,7 +60,10 @@ def require_free(host: str, port: int) -> None:
     except socket.gaierror as error:
         raise StartupError(f"no such address: --host {host}: {error.strerror}") from error
     except OSError as error:
-        advice = "; choose another --port" if port else ""
+        if error.errno == errno.EADDRNOTAVAIL:
+            advice = "; choose an address of this machine for --host"
+        else:
+            advice = "; choose another --port" if port else ""
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}{advice}") from error
 
 

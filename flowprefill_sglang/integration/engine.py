@@ -12,9 +12,11 @@ from typing import Any
 
 from flowprefill_sglang import __version__
 from flowprefill_sglang.errors import PeerFault
+from flowprefill_sglang.integration.detokenizer import Questions
 from flowprefill_sglang.integration.prefill.request_terms import dispatched
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp, call
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
+from flowprefill_sglang.prefill_worker.signs_of_life import Part
 from flowprefill_sglang.wire.framing import Buffer
 from flowprefill_sglang.wire.messages import SPOKEN, Dispatch, Hello, Limits
 
@@ -27,6 +29,7 @@ class SGLangEngine:
 
         self._app = app
         self._tokenizer_manager = get_global_state().tokenizer_manager
+        self._detokenizer = Questions(self._tokenizer_manager)
         self._controls = [
             one
             for name, one in vars(self._tokenizer_manager).items()
@@ -53,10 +56,13 @@ class SGLangEngine:
         """Stop the server the way an operator would."""
         os.kill(os.getpid(), signal.SIGTERM)
 
-    async def sign_of_life(self) -> None:
-        """Return when the scheduler process has answered. It takes this request in whatever it does and however it is
+    async def sign_of_life(self, part: Part) -> None:
+        """Return when this process has answered. The scheduler takes the question in whatever it does and however it is
         paused, at its next operator boundary, and computes nothing for it, unlike for ``/health``."""
-        await self._tokenizer_manager.get_internal_state()
+        if part is Part.SCHEDULER:
+            await self._tokenizer_manager.get_internal_state()
+        else:
+            await self._detokenizer.ask()
 
     def is_under_control(self) -> bool:
         """Whether a control request is under way: new weights, a pause, a profile. Any may take minutes."""

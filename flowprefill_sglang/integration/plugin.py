@@ -2,7 +2,8 @@
 
 SGLang loads plugins in each of its processes (launcher, scheduler, detokenizer), so this runs in all of them, before
 arguments are parsed. Nothing here depends on the role: a decode instance, which is stock SGLang otherwise, gets the
-same KV transfer backend and, on a machine without accelerator, the same CPU fixes as a prefill worker.
+same KV transfer backend, the same health checks and, on a machine without accelerator, the same CPU fixes as a prefill
+worker.
 
 Only the standard library and our own light modules are imported at the top: SGLang swallows an import error here.
 """
@@ -37,6 +38,7 @@ def _register() -> None:
         cpu_disaggregation,
         cpu_lora,
         cpu_start,
+        detokenizer,
         platform,
         transfer_backend,
     )
@@ -46,8 +48,8 @@ def _register() -> None:
     # forward would share with the running one. Inherited by the scheduler processes.
     os.environ.setdefault("SGLANG_EAGER_INPUT_NO_COPY", "1")
     transfer_backend.prepare()
-    hooks = [*transfer_backend.hooks(), *request_terms.hooks()]
-    checks = [transfer_backend.check, request_terms.check]
+    hooks = [*transfer_backend.hooks(), *request_terms.hooks(), *detokenizer.hooks()]
+    checks = [transfer_backend.check, request_terms.check, detokenizer.check]
     settings = published()
     if settings is not None:
         hooks += _scheduler_hooks(settings)

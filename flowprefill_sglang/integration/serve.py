@@ -22,7 +22,7 @@ from flowprefill_sglang.integration.prefill.worker_events import count_metrics, 
 from flowprefill_sglang.prefill_worker.asgi_call import AsgiApp
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
-from flowprefill_sglang.prefill_worker.link import Link, SchedulerHangs
+from flowprefill_sglang.prefill_worker.link import EngineHangs, Link
 from flowprefill_sglang.prefill_worker.settings import SchedulerKind, publish
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ class _LinkOnTheServersLoop:
         engine = SGLangEngine(self._app)
         try:
             await Link(self._config, engine, self._feed).run()
-        except SchedulerHangs as error:
-            # SGLang would wait for the requests that it has, and then for the scheduler.
+        except EngineHangs as error:
+            # SGLang would wait for the requests that it has, and then for the process that hangs.
             self.failure = error
             engine.give_up()
             raise SystemExit(1) from error

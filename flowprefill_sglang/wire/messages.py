@@ -56,7 +56,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     in_flight: int
     """Requests dispatched and not yet answered."""
     silent_s: float = 0.0
-    """How long its scheduler process has left a question unanswered; 0 while it answers."""
+    """How long its scheduler or detokenizer process has left a question unanswered; 0 while both answer."""
 
 
 # ---- worker -> router ---------------------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ time.sleep(300)
         session.wait()
         _, left = psutil.wait_procs(started.values(), timeout=20)
         assert left == []
+        wait_until(lambda: not list((tmp_path / "tmp").glob("flowprefill-member-*")), timeout_s=60)
     finally:
         session.kill()
         for process in started.values():

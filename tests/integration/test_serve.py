@@ -11,7 +11,7 @@ from flowprefill_sglang.errors import InternalError, PeerFault
 from flowprefill_sglang.integration import engine, serve
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
-from flowprefill_sglang.prefill_worker.link import SchedulerHangs
+from flowprefill_sglang.prefill_worker.link import EngineHangs
 
 CONFIG = WorkerConfig(router="tcp://127.0.0.1:1", name="w")
 
@@ -72,7 +72,7 @@ def test_a_worker_whose_scheduler_hangs_does_not_wait_for_sglang(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Hung(StandInEngine):
-        error = SchedulerHangs("its scheduler process has not answered")
+        error = EngineHangs("its scheduler process has not answered")
         given_up = False
 
         def give_up(self) -> None:
@@ -88,7 +88,7 @@ def test_a_worker_whose_scheduler_hangs_does_not_wait_for_sglang(
 
     with pytest.raises(SystemExit):
         asyncio.run(scenario())
-    assert isinstance(link.failure, SchedulerHangs)
+    assert isinstance(link.failure, EngineHangs)
     assert (Hung.last.given_up, Hung.last.stopped) == (True, False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from flowprefill_testing.behaviours import begin_stream, say, silent
+from flowprefill_testing.behaviours import STREAM, begin_stream, say, silent
 from flowprefill_testing.stand_ins import (
     bench,
     echo,
@@ -158,6 +158,28 @@ async def test_a_decode_that_dies_in_a_stream_ends_it_with_an_error_and_aborts_p
         assert events[3:] == [b"data: [DONE]", b""]
         await until(lambda: one.prefill.bodies and one.prefill.aborted == [one.prefill.bodies[0]["rid"]])
         assert one.outcomes() == {"decode_failed": 1}
+
+
+@in_loop
+async def test_a_prefill_worker_that_dies_under_a_stream_does_not_end_it() -> None:
+    async def stream_on(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": STREAM})
+        await response.prepare(request)
+        await response.write(b'data: {"text": "a"}\n\n')
+        await lost.wait()
+        await response.write(b'data: {"text": "ab"}\n\n')
+        return response
+
+    lost = asyncio.Event()
+    async with bench(prefill=silent, decode=stream_on, check_idle=False) as one:
+        async with one.client.post(f"{one.url}/generate", json={"text": "x", "stream": True}) as answer:
+            first = await answer.content.readany()
+            await until(lambda: one.prefill.bodies)
+            await one.prefill.leave()
+            await until(lambda: not one.router.dispatcher.links.registry.ready())
+            lost.set()
+            assert first + await answer.content.read() == b'data: {"text": "a"}\n\ndata: {"text": "ab"}\n\n'
+        assert one.outcomes() == {"succeeded": 1}
 
 
 @in_loop

@@ -86,6 +86,16 @@ def test_nothing_is_retried_once_the_client_has_seen_something() -> None:
     assert one.prefill_lost("gone") == (Step.CUT_DECODE, Step.FINISH)
 
 
+def test_a_stream_that_needs_no_prefill_side_any_more_outlives_it() -> None:
+    for happens in (("prefill_lost", "gone"), ("prefill_answered", 500)):
+        one = started(retries=5)
+        assert one.decode_streams(needs_prefill=False) == (Step.RELAY,)
+        name, news = happens
+        assert getattr(one, name)(news) == ()
+        assert one.decode_answered(200) == (Step.FINISH,)
+        assert one.outcome is Outcome.SUCCEEDED
+
+
 def test_a_retry_that_finds_nobody_tells_the_first_failure() -> None:
     one = started(retries=1)
     one.prefill_lost("the worker died")

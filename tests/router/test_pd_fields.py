@@ -132,6 +132,14 @@ def test_when_prompt_logprobs_are_needed() -> None:
     assert not read({"prompt": "x", "logprobs": 1}, "/v1/completions").merges_logprobs
 
 
+def test_a_single_prompts_stream_needs_no_prefill_side_any_more() -> None:
+    assert not read({"text": "x"}).needs_prefill_while_streaming
+    assert not read({"messages": []}, "/v1/chat/completions").needs_prefill_while_streaming
+    assert read({"text": ["x", "y"]}).needs_prefill_while_streaming
+    assert read({"text": "x", "sampling_params": {"n": 2}}).needs_prefill_while_streaming
+    assert read({"text": "x", "return_logprob": True}).needs_prefill_while_streaming
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b'"x"', b"null", b'{"text": "x"} x', b'{"rid": 5}', b'{"model": []}', b'{"text": "\xff"}'],

@@ -59,7 +59,7 @@ class PlainEngine:
     def is_stopping(self):
         return False
 
-    async def sign_of_life(self):
+    async def sign_of_life(self, part):
         """It always answers."""
 
     def is_under_control(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,9 +38,17 @@ class Holdings:
             [*found, *(f"listens on {address}:{port}" for address, port in self.listening if heard(address, port))]
         )
 
+    def left_after(self, longest_s: float) -> list[str]:
+        """The same once nothing is left, or after this time."""
+        deadline = time.monotonic() + longest_s
+        while (found := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
+
 
 def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
-    """Of these processes and all their children. ``temporary``: where their files go; those elsewhere are read only."""
+    """Of these processes, all their children, and those that clear away behind them. ``temporary``: where their files
+    go; those elsewhere are read only."""
     held = Holdings()
     for pid in pids:
         parent = psutil.Process(pid)
@@ -47,6 +56,8 @@ def holdings_of(pids: Iterable[int], temporary: Path) -> Holdings:
     for process in held.processes:
         with suppress(psutil.NoSuchProcess, OSError):
             _add(held, process, temporary)
+    folders = set(map(str, held.files))
+    held.processes |= {one for one in psutil.process_iter(["cmdline"]) if folders & set(one.info["cmdline"] or ())}
     return held
 
 

@@ -14,6 +14,7 @@ import zmq.asyncio
 from flowprefill_sglang.prefill_worker.config import WorkerConfig
 from flowprefill_sglang.prefill_worker.event_feed import EventFeed
 from flowprefill_sglang.prefill_worker.link import Link
+from flowprefill_sglang.prefill_worker.signs_of_life import Part
 from flowprefill_sglang.wire.framing import decode_from_worker, encode
 from flowprefill_sglang.wire.messages import PROTOCOL_VERSION, Drain, Heartbeat, Hello, Limits, Welcome
 
@@ -45,8 +46,8 @@ class PlainEngine:
         self.received_at: dict[str, float] = {}
         self.blocks_s = 0.0
         """For how long each request keeps the event loop from anything else."""
-        self.questions = 0
-        self.hangs = False
+        self.questions = dict.fromkeys(Part, 0)
+        self.hung: Part | None = None
         self.controlled = False
 
     async def request(self, dispatch, received_at, body, disconnected):
@@ -71,9 +72,9 @@ class PlainEngine:
     def is_stopping(self):
         return self.stopping
 
-    async def sign_of_life(self):
-        self.questions += 1
-        if self.hangs:
+    async def sign_of_life(self, part):
+        self.questions[part] += 1
+        if self.hung is part:
             await asyncio.Event().wait()
 
     def is_under_control(self):

@@ -91,10 +91,11 @@ class UpPool:
         member = self.member(name)
         return bool(member) and member["state"] == "ready" and member["restarts"] > after
 
-    def ask(self, number: int, prompt_tokens: int = 200) -> int:
+    def ask(self, number: int, prompt_tokens: int = 200, answer_tokens: int = 4) -> int:
         """HTTP status of one request."""
         ids = [1 + (number * 7 + i) % 200 for i in range(prompt_tokens)]
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+        sampling = {"temperature": 0, "max_new_tokens": answer_tokens, "ignore_eos": True}
+        body = {"input_ids": ids, "sampling_params": sampling}
         request = urllib.request.Request(
             self.document["url"] + "/generate", json.dumps(body).encode(), {"content-type": "application/json"}
         )
@@ -111,7 +112,7 @@ class UpPool:
             return [line for line in answer.read().decode().splitlines() if event in line]
 
     @contextlib.contextmanager
-    def load(self) -> Iterator[list[int]]:
+    def load(self, answer_tokens: int = 4) -> Iterator[list[int]]:
         """Two clients that ask one request after another meanwhile; the statuses, complete at the end."""
         statuses: list[int] = []
         done = threading.Event()
@@ -119,7 +120,7 @@ class UpPool:
         def client(first: int) -> None:
             number = first
             while not done.is_set():
-                statuses.append(self.ask(number))
+                statuses.append(self.ask(number, answer_tokens=answer_tokens))
                 number += 2
 
         clients = [threading.Thread(target=client, args=(first,)) for first in range(2)]
