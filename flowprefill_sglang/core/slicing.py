@@ -11,7 +11,7 @@ Sizes are in rows (tokens) and in pairs (one query row against one key, over all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,22 +35,29 @@ class OperatorCosts:
     """Of one pair of causal attention in one layer."""
     cached_pair_s: float = 0.0
     """The same where both are cached: SGLang's torch_native attention computes those again."""
+    least_rows: int = 0
+    """Fewer query rows take as long as these against the same keys (``wave_rows``); 0: each row counts."""
 
-    def attention_s(self, extents: Iterable[Extent]) -> float:
+    def attention_s(self, extents: Sequence[Extent]) -> float:
         """Predicted seconds of one layer's attention, unsliced."""
-        return sum(
+        work_s = sum(
             self.pair_s * extent.new_tokens * (0.5 * extent.new_tokens + extent.cached_tokens)
             + self.cached_pair_s * 0.5 * extent.cached_tokens**2
             for extent in extents
         )
+        most_keys = max((extent.new_tokens + extent.cached_tokens for extent in extents), default=0)
+        return max(work_s, self.pair_s * self.least_rows * most_keys)
 
 
-def operator_costs(model: CostModel, *, row_flops: float, pair_flops: float, attention_layers: int) -> OperatorCosts:
+def operator_costs(
+    model: CostModel, *, row_flops: float, pair_flops: float, attention_layers: int, least_rows: int = 0
+) -> OperatorCosts:
     """Split the cost of a whole forward over its operators by their operations.
 
-    ``row_flops``: of all matrix products of a forward, for one row; ``pair_flops``: of one pair in one layer. What lies
-    between operators (norms, activations) is counted as theirs, so they are rather over- than underestimated. A fit
-    that saw only short prompts may know nothing of attention: it is taken to be no faster than matrix products are.
+    ``row_flops``: of all matrix products of a forward, for one row; ``pair_flops``: of one pair in one layer;
+    ``least_rows``: as in ``OperatorCosts``. What lies between operators (norms, activations) is counted as theirs, so
+    they are rather over- than underestimated. A fit that saw only short prompts may know nothing of attention: it is
+    taken to be no faster than matrix products are.
     """
     token_s = model.long_token_s or model.short_token_s
     flop_s = token_s / row_flops if row_flops else 0.0
@@ -59,7 +66,15 @@ def operator_costs(model: CostModel, *, row_flops: float, pair_flops: float, att
         flop_s=flop_s,
         pair_s=max(model.pair_s / layers, pair_flops * flop_s),
         cached_pair_s=model.cached_pair_s / layers,
+        least_rows=least_rows,
     )
+
+
+def wave_rows(processors: int, heads: int, block_rows: int) -> int:
+    """Query rows that keep a device busy once, where its kernel gives each block of ``block_rows`` rows of one head,
+    with all of its keys, to one of ``processors`` (multiprocessors). Fewer rows leave processors idle and take as
+    long: the shortest possible call lasts ``block_rows`` rows times all keys of one head on one processor."""
+    return max(1, processors // heads) * block_rows
 
 
 def row_limit(row_s: float, max_blocking_s: float) -> int | None:
@@ -106,11 +121,14 @@ Tile = tuple[Piece, ...]
 """The rows of one slice of attention: consecutive in the batch, of one request or several."""
 
 
-def attention_tiles(extents: Sequence[Extent], max_pairs: float, granule_rows: int = GRANULE_ROWS) -> list[Tile]:
+def attention_tiles(
+    extents: Sequence[Extent], max_pairs: float, granule_rows: int = GRANULE_ROWS, least_rows: int = 0
+) -> list[Tile]:
     """All query rows of a batch in tiles of at most ``max_pairs`` pairs, as long as a granule of rows fits into it.
 
     Tiles begin at multiples of ``granule_rows`` in their requests. A tile's pairs are its rows times the keys of its
-    last row, as kernels compute whole blocks.
+    last row, as kernels compute whole blocks; ``least_rows`` is as in ``OperatorCosts``. Rows whose keys are split have
+    a tile of their own.
     """
     tail_rows = min(MIN_TAIL_ROWS, granule_rows // 4)
     tiles: list[Tile] = []
@@ -130,11 +148,15 @@ def attention_tiles(extents: Sequence[Extent], max_pairs: float, granule_rows: i
             if rest - rows < tail_rows:
                 rows = rest
             pairs = rows * (keys + rows)
-            parts = 1 if rows > granule_rows + tail_rows else math.ceil(pairs / max_pairs)
-            tile.append(Piece(index, begin, begin + rows, max(1, parts)))
+            slowest = max(rows, least_rows) * (keys + rows)
+            parts = 1 if rows > granule_rows + tail_rows else max(1, math.ceil(slowest / max_pairs))
+            if parts > 1 and tile:
+                tiles.append(tuple(tile))
+                tile = []
+            tile.append(Piece(index, begin, begin + rows, parts))
             left -= pairs
             begin += rows
-            if begin < extent.new_tokens:
+            if begin < extent.new_tokens or parts > 1:
                 tiles.append(tuple(tile))
                 tile, left = [], float(max_pairs)
     if tile:

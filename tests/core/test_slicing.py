@@ -10,11 +10,13 @@ from flowprefill_sglang.core.prefill_cost import CostModel, Extent
 from flowprefill_sglang.core.slicing import (
     GRANULE_ROWS,
     MIN_TAIL_ROWS,
+    OperatorCosts,
     attention_tiles,
     key_segments,
     operator_costs,
     row_limit,
     row_slices,
+    wave_rows,
 )
 
 extents = st.lists(st.builds(Extent, st.integers(1, 3000), st.integers(0, 3000)), min_size=1, max_size=5)
@@ -86,6 +88,53 @@ def test_key_segments_cover_all_keys(keys: int, parts: int, block: int) -> None:
 
 def test_no_keys_are_no_segments() -> None:
     assert key_segments(0, 3, 512) == []
+
+
+H100_PROCESSORS, H100_FLOP_S, H100_BYTE_S = 132, 1 / 400e12, 1 / 3.35e12
+"""Multiprocessors; what attention kernels reach of its 989 TFLOP/s in bfloat16; memory."""
+HEAD = 128
+KEYS_128K = 131_072
+SLICE_TARGET_S = 1e-3
+"""Half of the default ``--max-blocking-ms``."""
+SHAPES = {"Llama-3-8B": (32, 8), "Qwen3-14B": (40, 8), "Qwen3-30B-A3B": (32, 4)}
+"""Heads of queries and of keys."""
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), SHAPES.values(), ids=SHAPES)
+def test_a_granule_of_rows_is_short_where_the_kernel_spreads_its_keys(heads: int, kv_heads: int) -> None:
+    """Why tiles of fa3 and flashinfer are not cut by keys (docs/preemption.md)."""
+    operations_s = GRANULE_ROWS * KEYS_128K * 4 * HEAD * heads * H100_FLOP_S
+    memory_s = KEYS_128K * 2 * 2 * HEAD * kv_heads * H100_BYTE_S
+    assert max(operations_s, memory_s) < SLICE_TARGET_S / 2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), SHAPES.values(), ids=SHAPES)
+def test_keys_are_cut_where_a_block_of_rows_is_on_one_processor(heads: int, kv_heads: int) -> None:
+    """Why tiles of triton are: the shortest one against all keys takes longer than the target."""
+    block_s = 128 * KEYS_128K * 4 * HEAD * H100_FLOP_S * H100_PROCESSORS
+    assert block_s > 2e-3
+    rows, pair_s = wave_rows(H100_PROCESSORS, heads, 128), 4 * HEAD * heads * H100_FLOP_S
+    assert rows * heads <= 128 * H100_PROCESSORS < (rows + 128) * heads
+    tiles = attention_tiles([Extent(4 * rows, KEYS_128K - 4 * rows)], SLICE_TARGET_S / pair_s, rows)
+    assert len(tiles) == 4
+    for (piece,) in tiles:
+        segment_s = (piece.end - piece.begin) * (KEYS_128K - 4 * rows + piece.end) * pair_s / piece.key_parts
+        assert 0 < segment_s <= SLICE_TARGET_S
+
+
+def test_a_few_rows_against_many_keys_are_cut_by_keys_too() -> None:
+    """They take as long as a wave of rows, where a block of rows is on one processor."""
+    costs = OperatorCosts(flop_s=0.0, pair_s=1e-10, least_rows=512)
+    batch = [Extent(16, 100_000), Extent(16, 100), Extent(16, 100_000)]
+    assert costs.attention_s(batch) == pytest.approx(512 * 100_016 * 1e-10)
+    assert costs.attention_s([Extent(4096)]) == pytest.approx(0.5 * 4096**2 * 1e-10)
+    tiles = attention_tiles(batch, 1e7, 512, 512)
+    assert [[(p.request, p.key_parts) for p in tile] for tile in tiles] == [[(0, 6)], [(1, 1)], [(2, 6)]]
+    assert [len(tile) for tile in attention_tiles(batch, 1e7, 64)] == [3]
+
+
+def test_a_wave_has_at_least_one_block() -> None:
+    assert wave_rows(8, 32, 128) == 128
 
 
 def test_costs_of_operators_add_up_to_the_forward() -> None:

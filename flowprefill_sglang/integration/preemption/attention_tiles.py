@@ -9,9 +9,10 @@ Plans are kept in ``PLANS`` spare backend objects, the least recently used of wh
 tiles plans each of them once, not once a layer, and suspended forwards hold none.
 
 torch_native is the exception. It computes a cached prefix again as queries, so its last tile would take as long as the
-whole. Its tiles are computed by ``kernels.attention_state`` from the same KV, bit for bit as it computes them whole,
-and where even the fewest rows are too long, from segments of the keys that are merged. Other backends give no LSE from
-``forward_extend``, so their tiles are not split by keys.
+whole. Its tiles are computed by ``kernels.attention_state`` from the same KV, bit for bit as it computes them whole.
+
+Where even the fewest rows against all keys are too long, torch_native and triton (``attention_keys``) compute segments
+of the keys, whose states are merged. Tiles of other backends are not split by keys: their kernels do that themselves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ import torch
 
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.core.slicing import GRANULE_ROWS, OperatorCosts, Tile, attention_tiles, key_segments
+from flowprefill_sglang.integration.preemption.attention_keys import (
+    TRITON_KEY_BLOCK,
+    Segment,
+    attend_part,
+    can_split,
+)
 from flowprefill_sglang.kernels.attention_state import (
     CPU_KEY_BLOCK,
     attend_rows,
@@ -38,6 +45,8 @@ from flowprefill_sglang.kernels.attention_state import (
 PLANS: Final = 32
 """Backend objects for tiles. With flashinfer each holds some megabytes of workspace."""
 _TILES: Final = "_flowprefill_tiles"
+Keys = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+"""K and V of some keys of one request, by their places in it."""
 Steps = Generator[None, None, Any]
 """Slices of an operator: yields between two of them; its value is what the operator returns."""
 
@@ -65,7 +74,7 @@ class AttentionTiles:
     def steps(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Steps, int] | None:
-        """The tiles of a call of ``RadixAttention.forward`` and how many there are; None: it is short, or of a kind
+        """The slices of a call of ``RadixAttention.forward`` and how many there are; None: it is short, or of a kind
         that runs whole."""
         if len(args) not in (5, 6) or not kwargs.keys() <= {"save_kv_cache"}:
             return None  # MLA, sparse and other attention with more inputs
@@ -81,8 +90,12 @@ class AttentionTiles:
         if self._is_torch_native:
             if layer.sliding_window_size > -1:
                 return None
-            return _native(layer, q, k, v, batch, tiles, save), len(tiles)
-        return self._by_backend(function, layer, q, k, v, batch, tiles, number, save), len(tiles)
+            return _native(layer, q, k, v, batch, tiles, save), _count(batch, tiles, CPU_KEY_BLOCK)
+        from sglang.srt.model_executor.forward_context import get_attn_backend
+
+        splits = can_split(get_attn_backend(), layer)
+        steps = self._by_backend(function, layer, q, k, v, batch, tiles, number, save, splits)
+        return steps, _count(batch, tiles, TRITON_KEY_BLOCK) if splits else len(tiles)
 
     def _tiles(self, batch: Any) -> list[Tile]:
         """How this forward's attention is cut; none: not at all."""
@@ -94,7 +107,8 @@ class AttentionTiles:
         ]
         if self._costs.attention_s(extents) <= self._max_blocking_s:
             return []
-        return attention_tiles(extents, self._max_blocking_s / self._costs.pair_s, self._granule_rows)
+        max_pairs, least_rows = self._max_blocking_s / self._costs.pair_s, self._costs.least_rows
+        return attention_tiles(extents, max_pairs, max(self._granule_rows, least_rows), least_rows)
 
     def _by_backend(
         self,
@@ -107,21 +121,40 @@ class AttentionTiles:
         tiles: Sequence[Tile],
         number: int,
         save: bool,
+        splits: bool,
     ) -> Steps:
         from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
         out: torch.Tensor | None = None
+
+        def attend(index: int, save: bool, lse: torch.Tensor | None = None, segment: Segment | None = None) -> Any:
+            """One tile against the keys of a segment, its own ones, or, without ``lse``, all."""
+            rows = _rows(batch, tiles[index])
+            part_batch, backend = self._plan(batch, tiles[index], rows, (number, index))
+            to = None if out is None or segment is not None else out[rows]
+            part_batch._attn_output = to  # backends that can, write there
+            call = partial(function, layer, q[rows], k[rows], v[rows], part_batch, save)
+            try:
+                with forward_context(replace(get_forward_context(), attn_backend=backend)):
+                    return call() if lse is None else attend_part(call, backend, lse, segment)
+            finally:
+                part_batch._attn_output = None  # the plan stays, and must not keep the layer's output
+
         for index, tile in enumerate(tiles):
             if index:
                 yield
             rows = _rows(batch, tile)
-            part_batch, backend = self._plan(batch, tile, rows, (number, index))
-            part_batch._attn_output = None if out is None else out[rows]  # backends that can, write there
-            try:
-                with forward_context(replace(get_forward_context(), attn_backend=backend)):
-                    part = function(layer, q[rows], k[rows], v[rows], part_batch, save)
-            finally:
-                part_batch._attn_output = None  # the plan stays, and must not keep the layer's output
+            segments = _segments(batch, tile, TRITON_KEY_BLOCK) if splits else []
+            lse = q.new_empty((rows.stop - rows.start, layer.tp_q_head_num), dtype=torch.float32) if segments else None
+            part = attend(index, save, lse)
+            if lse is not None:
+                state = part.view(*lse.shape, -1), lse
+                for segment in segments:
+                    yield
+                    lse = torch.empty_like(lse)
+                    seen = attend(index, False, lse, segment)
+                    state = merge_states(state, (seen.view(state[0].shape), lse))
+                part = state[0].view(part.shape)
             if out is None:
                 out = part.new_empty((q.shape[0], *part.shape[1:]))
             if part.data_ptr() != out[rows].data_ptr():
@@ -156,6 +189,18 @@ def _rows(batch: Any, tile: Tile) -> slice:
     """The tile's rows among those of the batch: they are consecutive."""
     starts = [0, *accumulate(batch.extend_seq_lens_cpu)]
     return slice(starts[tile[0].request] + tile[0].begin, starts[tile[-1].request] + tile[-1].end)
+
+
+def _segments(batch: Any, tile: Tile, block: int) -> list[Segment]:
+    """Into which parts the keys before a tile are cut; none: it sees all keys at once."""
+    if tile[0].key_parts == 1:
+        return []
+    return key_segments(int(batch.extend_prefix_lens_cpu[tile[0].request]) + tile[0].begin, tile[0].key_parts, block)
+
+
+def _count(batch: Any, tiles: Sequence[Tile], block: int) -> int:
+    """Slices of these tiles."""
+    return sum(1 + len(_segments(batch, tile, block)) for tile in tiles)
 
 
 def tile_batch(batch: Any, tile: Tile, rows: slice) -> Any:
@@ -212,24 +257,28 @@ def _native(
         pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
     pools = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
     starts = [0, *accumulate(batch.extend_seq_lens_cpu)]
+    keys_of: dict[int, Keys] = {}
     for index, tile in enumerate(tiles):
         if index:
             yield
         for piece in tile:
             start, cached = starts[piece.request], int(batch.extend_prefix_lens_cpu[piece.request])
             new = int(batch.extend_seq_lens_cpu[piece.request])
-            if save and not cached and pools[0].dtype == k.dtype == q.dtype:
-                # Without a cached prefix all keys are those that were handed in: no tile need gather them.
-                keys = partial(_handed_in, k[start : start + new], v[start : start + new])
-            else:
-                keys = partial(_gathered, *pools, table[batch.req_pool_indices[piece.request]], q.dtype)
+            if (keys := keys_of.get(piece.request)) is None:
+                if save and not cached and pools[0].dtype == k.dtype == q.dtype:
+                    # Without a cached prefix all keys are those that were handed in: no tile need gather them.
+                    keys = partial(_handed_in, k[start : start + new], v[start : start + new])
+                else:
+                    slots = table[batch.req_pool_indices[piece.request]][: cached + new]
+                    keys = partial(_gathered, *pools, slots, _run_from(slots), q.dtype)
+                keys_of[piece.request] = keys
             rows, first_key = slice(start + piece.begin, start + piece.end), cached + piece.begin
-            if piece.key_parts == 1:
+            if not (segments := _segments(batch, tile, CPU_KEY_BLOCK)):
                 seen = min(cached + new, -(-(cached + piece.end) // CPU_KEY_BLOCK) * CPU_KEY_BLOCK)
                 q_rows, to = heads_q[rows], heads_out[rows]
                 attend_rows(q_rows, *keys(0, seen), to, scale=layer.scaling, first_key=first_key)
             else:
-                heads_out[rows] = yield from _by_keys(heads_q[rows], keys, first_key, layer.scaling, piece.key_parts)
+                heads_out[rows] = yield from _by_keys(heads_q[rows], keys, first_key, layer.scaling, segments)
     return out
 
 
@@ -237,27 +286,37 @@ def _handed_in(k: torch.Tensor, v: torch.Tensor, begin: int, end: int) -> tuple[
     return k[begin:end], v[begin:end]
 
 
+def _run_from(slots: torch.Tensor) -> int | None:
+    """The first of these places in the pool if they follow one another, as they mostly do; None if they do not."""
+    first = int(slots[0])
+    run = torch.arange(first, first + len(slots), dtype=slots.dtype, device=slots.device)
+    return first if torch.equal(slots, run) else None
+
+
 def _gathered(
-    k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype, begin: int, end: int
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+    run_from: int | None,
+    dtype: torch.dtype,
+    begin: int,
+    end: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    places = slots[begin:end]
-    first = int(places[0])
-    if places.device.type == "cpu" and torch.equal(places, torch.arange(first, first + len(places)).to(places.dtype)):
-        run = slice(first, first + len(places))
-        return k_pool[run].to(dtype), v_pool[run].to(dtype)  # in one piece, as they mostly are: no copy for each tile
+    """``run_from``: of ``slots``, of which a run is read where it lies."""
+    places = slots[begin:end] if run_from is None else slice(run_from + begin, run_from + end)
     return k_pool[places].to(dtype), v_pool[places].to(dtype)
 
 
 def _by_keys(
     q: torch.Tensor,
-    keys: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]],
+    keys: Keys,
     first_key: int,
     scale: float,
-    parts: int,
+    segments: Sequence[Segment],
 ) -> Generator[None, None, torch.Tensor]:
     """Few rows against many keys: the rows' own part, then the segments before it, merged one by one."""
     state = attend_segment(q, *keys(first_key, first_key + q.shape[0]), scale=scale, is_diagonal=True)
-    for begin, end in key_segments(first_key, parts, CPU_KEY_BLOCK):
+    for begin, end in segments:
         yield
         state = merge_states(state, attend_segment(q, *keys(begin, end), scale=scale, is_diagonal=False))
     return state[0]

@@ -7,7 +7,7 @@ logits processor, is no boundary. A replay of a CUDA graph is one operator. Insi
 traces the wrapper does nothing.
 
 Linear, expert and attention layers that would take too long run in slices (``sliced_operators``), with a boundary
-before each.
+before each. So do norms, activations and rotary embeddings, which have no boundary where they are short.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 
 from flowprefill_sglang.errors import InternalError, StartupError
 from flowprefill_sglang.integration.hooks import sglang_version
-from flowprefill_sglang.integration.preemption.operator_work import Kind
+from flowprefill_sglang.integration.preemption.operator_work import ELEMENTWISE_CLASSES, Kind
 from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
 
@@ -53,6 +53,7 @@ SLICED: dict[str, Kind] = {
 of rows."""
 
 _MARK = "__flowprefill_gate__"
+_CUT_MARK = "__flowprefill_cut__"
 LAYERS = "layers"
 """Attribute under which models keep their decoder layers, a ``ModuleList``."""
 
@@ -70,11 +71,27 @@ def install(gate: Gate, slices: SlicedOperators | None = None) -> list[str]:
                 function = vars(cls).get(method)
                 if function is None or getattr(function, _MARK, None) is gate:
                     continue
-                if hasattr(function, _MARK):
-                    raise InternalError(f"{cls.__qualname__}.{method} has a boundary of another gate already")
+                _refuse_another(function, _MARK, cls, method)
                 kind = SLICED.get(name) if method == "forward" else None
                 setattr(cls, method, _bounded(function, gate, slices=slices, kind=kind))
                 wrapped.append(f"{cls.__module__}.{cls.__qualname__}.{method}")
+    return wrapped
+
+
+def install_cuts(gate: Gate, slices: SlicedOperators) -> list[str]:
+    """Let ``slices`` cut element-wise layers, by wrapping every class of them that is loaded now: what ``install`` is
+    for operators, with its result and errors. Without it they are as SGLang has them."""
+    wrapped = []
+    for name in ELEMENTWISE_CLASSES:
+        root: Any = _resolve(name)
+        inherited = root.forward  # of the root: its own, or that of SGLang's base class
+        for cls in _with_subclasses(root):
+            function = inherited if cls is root else vars(cls).get("forward")
+            if function is None or getattr(function, _CUT_MARK, None) is gate:
+                continue
+            _refuse_another(function, _CUT_MARK, cls, "forward")
+            setattr(cls, "forward", _cut(function, gate, slices))  # noqa: B010  to mypy a type has no such attribute
+            wrapped.append(f"{cls.__module__}.{cls.__qualname__}.forward")
     return wrapped
 
 
@@ -127,6 +144,26 @@ def _bounded(
 
     setattr(operator, _MARK, gate)
     return operator
+
+
+def _cut(function: Callable[..., Any], gate: Gate, slices: SlicedOperators) -> Callable[..., Any]:
+    """An element-wise layer: no boundary, unless it is long."""
+
+    @wraps(function)
+    def layer(*args: Any, **kwargs: Any) -> Any:  # the layer's own signature
+        if is_dynamo_compiling() or gate.is_closed or not slices.is_on:
+            return function(*args, **kwargs)
+        if (found := slices.elementwise(function, args, kwargs)) is None:
+            return function(*args, **kwargs)
+        return slices.run(args[0], *found)
+
+    setattr(layer, _CUT_MARK, gate)
+    return layer
+
+
+def _refuse_another(function: Callable[..., Any], mark: str, cls: type, method: str) -> None:
+    if hasattr(function, mark):
+        raise InternalError(f"{cls.__qualname__}.{method} has a boundary of another gate already")
 
 
 def _resolve(name: str) -> type:

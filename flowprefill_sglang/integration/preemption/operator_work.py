@@ -6,9 +6,10 @@ the number of its weights. Embeddings and the projection of the last rows onto t
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +20,18 @@ class Kind(StrEnum):
     LINEAR = "linear"
     EXPERTS = "experts"
     ATTENTION = "attention"
+    ELEMENTWISE = "element-wise"
+    """Norms, activations, rotary embedding: no operators where they run whole."""
+
+
+ELEMENTWISE_CLASSES: Final = (
+    "sglang.srt.layers.layernorm.RMSNorm",
+    "sglang.srt.layers.layernorm.GemmaRMSNorm",
+    "sglang.srt.layers.activation.SiluAndMul",
+    "sglang.srt.layers.activation.GeluAndMul",
+    "sglang.srt.layers.rotary_embedding.RotaryEmbedding",
+)
+"""Each computes a row of its outputs from the same row of its inputs, on every device; with all of their subclasses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +41,12 @@ class Work:
     rows: dict[torch.nn.Module, float]
     """Of each linear and expert layer, for one row."""
     kinds: dict[torch.nn.Module, Kind]
+    """Of these, and of the element-wise layers, whose operations are not counted."""
     attention: list[torch.nn.Module]
     pair_flops: float
     """Of one attention layer, for one pair of a query and a key."""
+    heads: int
+    """Query heads of an attention layer, the fewest that one has; at least 1."""
 
     @property
     def all_kinds(self) -> list[Kind]:
@@ -49,16 +65,19 @@ def work_of(model: torch.nn.Module) -> Work:
     rows: dict[torch.nn.Module, float] = {}
     kinds: dict[torch.nn.Module, Kind] = {}
     attention = []
-    pair_flops = 0.0
+    pair_flops, heads = 0.0, []
     for module in model.modules():
         kind = _kind(module)
         if kind is Kind.ATTENTION:
             sizes: Any = module
             attention.append(module)
+            heads.append(max(1, int(sizes.tp_q_head_num)))
             pair_flops = max(pair_flops, 2.0 * sizes.tp_q_head_num * (sizes.qk_head_dim + sizes.v_head_dim))
+        elif kind is Kind.ELEMENTWISE:
+            kinds[module] = kind
         elif kind is not None:
             rows[module], kinds[module] = _own_row_flops(module), kind
-    return Work(rows, kinds, attention, pair_flops)
+    return Work(rows, kinds, attention, pair_flops, min(heads, default=1))
 
 
 def row_flops(operator: torch.nn.Module) -> float:
@@ -74,6 +93,8 @@ def _kind(module: torch.nn.Module) -> Kind | None:
     for cls, kind in ((LinearBase, Kind.LINEAR), (FusedMoE, Kind.EXPERTS), (RadixAttention, Kind.ATTENTION)):
         if isinstance(module, cls):
             return kind
+    if isinstance(module, tuple(map(pkgutil.resolve_name, ELEMENTWISE_CLASSES))):
+        return Kind.ELEMENTWISE
     return None
 
 

@@ -15,7 +15,9 @@ import torch
 
 from flowprefill_sglang.core.prefill_cost import CostModel
 from flowprefill_sglang.core.slicing import GRANULE_ROWS, OperatorCosts
+from flowprefill_sglang.integration.preemption.attention_keys import least_rows
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
+from flowprefill_sglang.integration.preemption.operator_boundaries import install_cuts
 from flowprefill_sglang.integration.preemption.operator_work import Kind, Work, work_of
 from flowprefill_sglang.integration.preemption.self_test import PARTS, TOLERANCE, TestRun, farthest
 from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
@@ -56,6 +58,7 @@ def slice_long_operators(
     raises.
     """
     runner = scheduler.tp_worker.model_runner
+    install_cuts(gate, slices)
     work = work_of(runner.model)
     tiles = AttentionTiles(slots.build, type(runner.attn_backend).__name__)
     kinds = []
@@ -66,7 +69,8 @@ def slice_long_operators(
         else:
             logger.warning("%s layers are not sliced: %s", kind, fault)
     kinds = [kind for kind in kinds if all(kind in theirs for theirs in everybody(kinds))]
-    slices.set_costs(work, model, max_blocking_s, tiles, kinds)
+    least = least_rows(type(runner.attn_backend).__name__, work.heads, torch.device(runner.device))
+    slices.set_costs(work, model, max_blocking_s, tiles, kinds, least_rows=least)
     logger.info("blocking target %g ms: %s", max_blocking_s * 1000, slices.describe())
 
 

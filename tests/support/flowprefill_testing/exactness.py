@@ -38,6 +38,7 @@ from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption import sliced_operators
 from flowprefill_sglang.integration.preemption.activation_bound import activation_bound
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
+from flowprefill_sglang.integration.preemption.operator_boundaries import install_cuts
 from flowprefill_sglang.integration.preemption.operator_work import Kind, work_of
 from flowprefill_sglang.integration.preemption.self_test import interruption_fault
 from flowprefill_sglang.integration.preemption.slicing import slicing_fault
@@ -232,6 +233,7 @@ def sliced(bench: Bench, count: int) -> dict[str, Any]:
 def slicing_faults(bench: Bench) -> dict[str, str | None]:
     """What the start-up test of slicing says, by kind; and of linear layers that mix up their rows."""
     runner = bench.engine.model_runner
+    install_cuts(bench.gate, bench.slices)
     work = work_of(runner.model)
     tiles = AttentionTiles(bench.slots.build, type(runner.attn_backend).__name__)
 

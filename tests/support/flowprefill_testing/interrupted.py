@@ -22,7 +22,7 @@ from flowprefill_sglang.integration.offline_forward import OfflineEngine
 from flowprefill_sglang.integration.preemption.attention_slots import AttentionSlots
 from flowprefill_sglang.integration.preemption.attention_tiles import AttentionTiles
 from flowprefill_sglang.integration.preemption.forward_state import ForwardState
-from flowprefill_sglang.integration.preemption.operator_boundaries import install
+from flowprefill_sglang.integration.preemption.operator_boundaries import install, install_cuts
 from flowprefill_sglang.integration.preemption.operator_work import work_of
 from flowprefill_sglang.integration.preemption.sliced_operators import SlicedOperators
 from flowprefill_sglang.prefill_worker.boundaries import Gate
@@ -164,8 +164,9 @@ class Bench:
         self.is_sliced = True
         self._references.clear()
         runner = self.engine.model_runner
+        install_cuts(self.gate, self.slices)
         work = work_of(runner.model)
-        self.slices.set_limits(dict.fromkeys(work.rows, SLICE_ROWS))
+        self.slices.set_limits(dict.fromkeys(work.kinds, SLICE_ROWS))
         tiles = AttentionTiles(self.slots.build, type(runner.attn_backend).__name__, granule_rows=SLICE_ROWS)
         self.slices.set_attention(tiles, OperatorCosts(0.0, pair_s=1.0), SLICE_PAIRS)
 
