@@ -65,6 +65,27 @@ def test_an_error_that_a_stream_begins_with_is_a_status(first: str) -> None:
 
 
 @in_loop
+async def test_a_handoff_that_fails_is_tried_again_also_for_a_stream() -> None:
+    reason = {"type": "abort", "message": "Decode transfer failed", "status_code": 500}
+    failed = json.dumps({"text": "", "meta_info": {"finish_reason": reason}}).encode()
+    events = iter([failed, b'{"text": "fine"}'])
+
+    async def stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": STREAM})
+        await response.prepare(request)
+        await response.write(b"data: " + next(events) + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async with bench(decode=stream) as one:
+        async with one.client.post(f"{one.url}/generate", json={"text": "x", "stream": True}) as answer:
+            assert (answer.status, await answer.read()) == (200, b'data: {"text": "fine"}\n\ndata: [DONE]\n\n')
+        assert one.router.dispatcher.retries == 1
+        assert one.outcomes() == {"succeeded": 1}
+
+
+@in_loop
 async def test_a_failed_prefill_is_a_502_and_decode_is_aborted() -> None:
     async with bench(prefill=silent, decode=never, disable_retries=True) as one:
         asked = asyncio.create_task(one.generate())
