@@ -68,9 +68,9 @@ def stock_url(_stock: Stock) -> str:
 
 @pytest.fixture(scope="module")
 def wide(model_path: Path, tmp_path_factory: pytest.TempPathFactory, _stock: Stock) -> Iterator[Cluster]:
-    """One router, one prefill worker and one decode instance, both of two tensor-parallel ranks."""
+    """One router, two prefill workers and one decode instance, all of two tensor-parallel ranks."""
     layout = ["--page-size", str(PAGE_TOKENS), "--chunked-prefill-size", str(CONTEXT_TOKENS)]
-    flags = ["--prefill", "1", "--decode", "1", "--tp-size", "2", *sizes(model_path), *layout]
+    flags = ["--prefill", "2", "--decode", "1", "--tp-size", "2", *sizes(model_path), *layout]
     with started_up(flags, tmp_path_factory.mktemp("wide")) as cluster:
         yield cluster
 

@@ -21,6 +21,8 @@ from flowprefill_sglang.cluster.ports import free_ports
 from flowprefill_testing.clusters import CONTEXT_TOKENS, PAGE_TOKENS, answers, wait_until
 from flowprefill_testing.http import generate, get, post, request
 
+NOBODY = "2.2.2.2"
+"""SGLang's ``FAKE_BOOTSTRAP_HOST``."""
 _rooms = itertools.count(random.getrandbits(60))  # a server remembers rooms that were never used up
 _lock = threading.Lock()
 
@@ -103,6 +105,23 @@ class Pair:
         answer = Answer(rid, Future(), Future(), time.monotonic())
         self._send(answer, "decode", decode_after, self.decode_url, {**body, "sampling_params": params})
         self._send(answer, "prefill", prefill_after, self.prefill_url, {**body, "sampling_params": params | objective})
+        return answer
+
+    def prefill_alone(self, input_ids: list[int], *, ttft_slo_ms: float, name: str, **fields: object) -> Answer:
+        """Send the prefill side of a greedy request that is handed over to nobody, as SGLang's own warm-up is. The
+        answer has one token, and never a decode side."""
+        rid = f"{name}-{uuid.uuid4().hex[:8]}"
+        with _lock:
+            room = next(_rooms)
+        answer = Answer(rid, Future(), Future(), time.monotonic())
+        body = {
+            "rid": rid,
+            "input_ids": input_ids,
+            "bootstrap_host": NOBODY,
+            "bootstrap_room": room,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 1, "custom_params": {"ttft_slo_ms": ttft_slo_ms}},
+        }
+        self._send(answer, "prefill", None, self.prefill_url, body | fields)
         return answer
 
     def _send(self, answer: Answer, side: str, after: threading.Event | None, url: str, body: dict) -> None:
