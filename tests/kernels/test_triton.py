@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
+
+from flowprefill_testing.triton_interpreter import output_of
 
 pytest.importorskip("triton", reason="comes with SGLang")
 
@@ -46,12 +43,4 @@ PROGRAM = """
 
 
 def test_triton_kernels_equal_their_references() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip() == "all equal"
+    assert output_of(PROGRAM) == "all equal"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from flowprefill_testing.behaviours import STREAM, begin_stream, say, silent
+from flowprefill_testing.behaviours import STREAM, begin_stream, say, silent, whole_stream
 from flowprefill_testing.stand_ins import (
     bench,
     echo,
@@ -42,12 +42,7 @@ def test_an_error_that_a_stream_begins_with_is_a_status(first: str) -> None:
     words = b"data: " + document + b"\n\ndata: [DONE]\n\n"
 
     async def refuse(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(words[:9])
-        await response.write(words[9:])
-        await response.write_eof()
-        return response
+        return await whole_stream(request, words[:9], words[9:])
 
     @in_loop
     async def scenario() -> None:
@@ -70,15 +65,10 @@ async def test_a_handoff_that_fails_is_tried_again_also_for_a_stream() -> None:
     failed = json.dumps({"text": "", "meta_info": {"finish_reason": reason}}).encode()
     events = iter([failed, b'{"text": "fine"}'])
 
-    async def stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": STREAM})
-        await response.prepare(request)
-        await response.write(b"data: " + next(events) + b"\n\n")
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+    async def fail_once(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return await whole_stream(request, b"data: " + next(events) + b"\n\n", b"data: [DONE]\n\n")
 
-    async with bench(decode=stream) as one:
+    async with bench(decode=fail_once) as one:
         async with one.client.post(f"{one.url}/generate", json={"text": "x", "stream": True}) as answer:
             assert (answer.status, await answer.read()) == (200, b'data: {"text": "fine"}\n\ndata: [DONE]\n\n')
         assert one.router.dispatcher.retries == 1

@@ -6,6 +6,7 @@ the number of its weights. Embeddings and the projection of the last rows onto t
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from dataclasses import dataclass
 from enum import StrEnum
@@ -93,9 +94,12 @@ def _kind(module: torch.nn.Module) -> Kind | None:
     for cls, kind in ((LinearBase, Kind.LINEAR), (FusedMoE, Kind.EXPERTS), (RadixAttention, Kind.ATTENTION)):
         if isinstance(module, cls):
             return kind
-    if isinstance(module, tuple(map(pkgutil.resolve_name, ELEMENTWISE_CLASSES))):
-        return Kind.ELEMENTWISE
-    return None
+    return Kind.ELEMENTWISE if isinstance(module, _elementwise_classes()) else None
+
+
+@functools.cache
+def _elementwise_classes() -> tuple[type, ...]:
+    return tuple(map(pkgutil.resolve_name, ELEMENTWISE_CLASSES))
 
 
 def _own_row_flops(module: torch.nn.Module) -> float:

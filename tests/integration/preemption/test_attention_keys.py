@@ -3,10 +3,6 @@ its own, against float64."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 
 from flowprefill_sglang.integration.preemption.attention_keys import can_split, least_rows
+from flowprefill_testing.triton_interpreter import output_of
 
 PROGRAM = """
     from dataclasses import dataclass
@@ -79,15 +76,7 @@ PROGRAM = """
 
 
 def test_segments_merged_are_near_float64() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip() == "near"
+    assert output_of(PROGRAM) == "near"
 
 
 class TritonAttnBackend(SimpleNamespace):

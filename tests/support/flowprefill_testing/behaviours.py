@@ -25,6 +25,16 @@ async def begin_stream(request: web.Request, body: dict[str, Any]) -> web.Stream
     raise AssertionError
 
 
+async def whole_stream(request: web.Request, *parts: bytes) -> web.StreamResponse:
+    """Its bytes in these parts, and the end."""
+    response = web.StreamResponse(headers={"content-type": STREAM})
+    await response.prepare(request)
+    for part in parts:
+        await response.write(part)
+    await response.write_eof()
+    return response
+
+
 def say(text: str) -> Any:
     async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         return web.json_response({"text": text})
