@@ -36,6 +36,7 @@ def _register() -> None:
     from flowprefill_sglang.integration import (
         cpu_arithmetic,
         cpu_disaggregation,
+        cpu_heap,
         cpu_lora,
         cpu_start,
         detokenizer,
@@ -57,6 +58,7 @@ def _register() -> None:
         hooks += [*cpu_disaggregation.hooks(), *cpu_arithmetic.hooks(), *cpu_lora.hooks(), *cpu_start.hooks()]
         checks.append(cpu_disaggregation.check)
         cpu_start.prefer_few_models()
+        cpu_heap.keep_memory()
         # SGLang's HTTP process otherwise waits a minute for the GPU's dump before it ends with a scheduler that crashed
         # or hangs, and answers nobody meanwhile.
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
