@@ -6,12 +6,14 @@ would wait for each other. So a prompt is begun only if the pool, after what the
 hold all of it (the banker's rule with the prompt's length as the claim): then the half-prefilled can always end one
 after another. *Activations*: a suspended task keeps those of the operator it stopped at; their sum has a budget.
 
+Where it is refused a request that could be on time, tasks that were given up may be started over (``retraction``).
+
 Requests whose KV is on its way to the decode side give it back without any help of ours, so they are no part of this.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 
@@ -22,6 +24,17 @@ class Refusal(Enum):
     """As many tasks as there are slots for are under way."""
     KV = auto()
     ACTIVATIONS = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What one task under way holds."""
+
+    kv_tokens: int
+    """Slots of the KV pool that nobody but its requests uses."""
+    claimed_kv_tokens: int
+    """What its requests need after its pass."""
+    activation_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +65,27 @@ class Room:
         if self.tasks and self.activation_bytes + activation_bytes > self.max_activation_bytes:
             return Refusal.ACTIVATIONS
         is_alone = self.tasks == 0 and self.claimed_kv_tokens == 0
-        if not is_begun and not is_alone and self.free_kv_tokens - self.claimed_kv_tokens < kv_tokens:
+        if not is_begun and not is_alone and not self.has_kv(kv_tokens):
             return Refusal.KV
         return None
+
+    def has_kv(self, tokens: int) -> bool:
+        """Whether so many slots are free and not claimed."""
+        return self.free_kv_tokens - self.claimed_kv_tokens >= tokens
+
+    def without(self, holding: Holding) -> Room:
+        """What there is once a task is gone."""
+        return self._with(holding, 1)
+
+    def plus(self, holding: Holding) -> Room:
+        """What there was before it was gone."""
+        return self._with(holding, -1)
+
+    def _with(self, holding: Holding, gone: int) -> Room:
+        return replace(
+            self,
+            free_kv_tokens=self.free_kv_tokens + gone * holding.kv_tokens,
+            claimed_kv_tokens=self.claimed_kv_tokens - gone * holding.claimed_kv_tokens,
+            tasks=self.tasks - gone,
+            activation_bytes=self.activation_bytes - gone * holding.activation_bytes,
+        )

@@ -14,6 +14,7 @@ from flowprefill_sglang.observe.events import (
     TaskFinished,
     TaskPreempted,
     TaskResumed,
+    TaskRetracted,
     TaskStarted,
     Trigger,
 )
@@ -84,6 +85,10 @@ class Journal:
     def resumed(self, task: Task, suspended_s: float, now: float) -> None:
         """A suspended task goes on."""
         self._record(TaskResumed(at=now, task=task.number, rids=_rids(task), suspended_s=suspended_s))
+
+    def retracted(self, task: Task, now: float) -> None:
+        """A suspended task was undone; its requests wait again."""
+        self._record(TaskRetracted(at=now, task=task.number, rids=_rids(task), executed_s=task.executed_s))
 
     def finished(self, task: Task, now: float) -> None:
         """A task's forward pass has ended."""

@@ -24,6 +24,7 @@ from flowprefill_sglang.observe.events import (
     TaskFinished,
     TaskPreempted,
     TaskResumed,
+    TaskRetracted,
     TaskStarted,
 )
 from flowprefill_sglang.prefill_worker.reporter import Batch
@@ -75,6 +76,8 @@ class SchedulerMetrics:
             "preemption_blocking_seconds", "From the event until the running task had stopped", _SHORT_S
         )
         self._suspend = histogram("preempted_suspend_seconds", "Lengths of suspensions", _LONG_S)
+        self._retractions = counter("retraction_total", "Suspended tasks started over, for their memory")
+        self._lost_s = counter("retracted_seconds_total", "Device time that tasks had run that were started over")
         self._rounds = counter("scheduling_rounds_total", "Scheduling decisions by what led to them", "event")
         self._round_s = histogram("scheduling_round_seconds", "Time of a scheduling decision", _SHORT_S)
         self._promotions = counter("starvation_promotion_total", "Requests promoted by the aging rule")
@@ -96,6 +99,7 @@ class SchedulerMetrics:
             TaskStarted: self._started,
             TaskPreempted: self._preempted,
             TaskResumed: self._resumed,
+            TaskRetracted: self._retracted,
             TaskFinished: self._finished,
             RequestEnded: self._ended,
             RoundDone: self._round_done,
@@ -133,6 +137,10 @@ class SchedulerMetrics:
 
     def _resumed(self, event: TaskResumed) -> None:
         self._suspend.observe(event.suspended_s)
+
+    def _retracted(self, event: TaskRetracted) -> None:
+        self._retractions.inc()
+        self._lost_s.inc(event.executed_s)
 
     def _finished(self, event: TaskFinished) -> None:
         self._tokens.inc(event.new_tokens)

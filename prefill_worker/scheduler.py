@@ -8,10 +8,11 @@ Requests and tasks, and where they go::
                  │                  ▼   │
                  └─withdrawn─▶ HALF_PREFILLED ──withdrawn──▶ (gone)
 
-    task      RUNNING ◀──preempted / resumed──▶ SUSPENDED ──▶ (gone: finished or discarded)
+    task      RUNNING ◀──preempted / resumed──▶ SUSPENDED ──▶ (gone: finished, discarded or retracted)
 
-A *task* is one batch's forward pass. At most one is RUNNING. A round asks ``ranking`` for everything that could run,
-best first, and runs the first that memory admits; ``batch_of`` adds small requests to the batch of a new head.
+A *task* is one batch's forward pass. At most one is RUNNING. The requests of one that is retracted are WAITING again. A
+round asks ``ranking`` for everything that could run, best first, and runs the first that memory admits; ``batch_of``
+adds small requests to the batch of a new head.
 
 Who drives it: ``integration.prefill.loop`` with SGLang's scheduler, on that process's main thread, and the simulator.
 """
@@ -87,6 +88,8 @@ class Task:
     candidate: Candidate
     cost: Cost
     """``predicted_s`` in parts."""
+    is_first: bool
+    """Of none of its requests anything was computed before, so it can be retracted."""
     executed_s: float = 0.0
     charged_s: float = 0.0
     """Of its running time, what the aging rule has been told of."""
@@ -178,13 +181,7 @@ class PrefillScheduler:
 
     def arrived(self, request: Request) -> None:
         """A request can be prefilled from now on."""
-        candidate = request.candidate
-        candidate.remaining_s = self.predictor.seconds((request.extent,))
-        if candidate.standing is Standing.WAITING:
-            self._forecast.arrived(candidate.remaining_s, request.arrived_at)
-        candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
-        self._requests[candidate] = request
-        self._insert(candidate)
+        self._wait(request, is_new=True)
 
     def withdrawn(self, request: Request) -> None:
         """A request that is in no task will never be prefilled: aborted, or its decode side is gone."""
@@ -193,6 +190,7 @@ class PrefillScheduler:
 
     def started(self, requests: Sequence[Request], extents: Sequence[Extent], now: float) -> Task:
         """A forward pass over ``extents`` of ``requests`` begins, and runs from now on. Nothing else may be running."""
+        is_first = all(request.candidate.standing is Standing.WAITING for request in requests)
         for request in requests:
             self.withdrawn(request)
             request.candidate.standing = Standing.RUNNING
@@ -220,6 +218,7 @@ class PrefillScheduler:
                 is_promoted=any(request.candidate.is_promoted for request in requests),
             ),
             cost=cost,
+            is_first=is_first,
         )
         self._tasks[task.candidate] = task
         self._insert(task.candidate)
@@ -255,8 +254,17 @@ class PrefillScheduler:
                 request.new_tokens -= extent.new_tokens
                 request.cached_tokens += extent.new_tokens
                 request.candidate.standing = Standing.HALF_PREFILLED
-                self.arrived(request)
+                self._wait(request)
         return task
+
+    def retracted(self, task: Task) -> None:
+        """A suspended task was undone. Its requests wait again, with the extents that they have now."""
+        if task is self.running or not task.is_first or task.candidate.is_promoted:
+            raise InternalError(f"task {task.number} cannot be retracted")
+        self._drop(task)
+        for request in task.requests:
+            request.candidate.standing = Standing.WAITING
+            self._wait(request)
 
     def discarded(self, task: Task, now: float) -> None:
         """A task was ended before its time; none of its requests goes on."""
@@ -330,6 +338,15 @@ class PrefillScheduler:
                     yield request.new_tokens - extent.new_tokens
 
     # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _wait(self, request: Request, *, is_new: bool = False) -> None:
+        candidate = request.candidate
+        candidate.remaining_s = self.predictor.seconds((request.extent,))
+        if is_new:
+            self._forecast.arrived(candidate.remaining_s, request.arrived_at)
+        candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
+        self._requests[candidate] = request
+        self._insert(candidate)
 
     def _run(self, task: Task, now: float) -> None:
         if self.running is not None:

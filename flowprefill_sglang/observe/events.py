@@ -84,6 +84,16 @@ class TaskResumed(msgspec.Struct, frozen=True, kw_only=True, tag="resumed"):
     suspended_s: float
 
 
+class TaskRetracted(msgspec.Struct, frozen=True, kw_only=True, tag="retracted"):
+    """A suspended task was undone, for its memory; another will compute its requests from the start."""
+
+    at: float
+    task: int
+    rids: list[str]
+    executed_s: float
+    """Time it ran, which is lost."""
+
+
 class TaskFinished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     """A task's forward pass has ended (one chunk of a chunked prompt counts as a task)."""
 
@@ -123,4 +133,6 @@ class RoundDone(msgspec.Struct, frozen=True, kw_only=True, tag="round"):
     """Requests that the aging rule promoted in this round."""
 
 
-Event = RequestArrived | TaskStarted | TaskPreempted | TaskResumed | TaskFinished | RequestEnded | RoundDone
+Event = (
+    RequestArrived | TaskStarted | TaskPreempted | TaskResumed | TaskRetracted | TaskFinished | RequestEnded | RoundDone
+)

@@ -19,6 +19,7 @@ from flowprefill_sglang.observe.events import (
     TaskFinished,
     TaskPreempted,
     TaskResumed,
+    TaskRetracted,
     TaskStarted,
 )
 
@@ -140,6 +141,8 @@ class _Reader:
                 self._stop(lane, event.at)
                 lane.preemptions += 1
                 lane.suspended_since = event.at
+            case TaskRetracted():
+                self._end_suspension(self._lane(event), event.at)
             case TaskFinished():
                 lane = self._lane(event)
                 self._finish(lane, event.at)
@@ -162,7 +165,7 @@ class _Reader:
             end_at=end_at,
         )
 
-    def _lane(self, event: TaskStarted | TaskPreempted | TaskResumed | TaskFinished) -> _OpenLane:
+    def _lane(self, event: TaskStarted | TaskPreempted | TaskResumed | TaskRetracted | TaskFinished) -> _OpenLane:
         lane = self._lanes.get(event.task)
         if lane is None:
             lane = self._lanes[event.task] = _OpenLane(event.task, tuple(event.rids))

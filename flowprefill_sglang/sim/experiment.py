@@ -156,6 +156,7 @@ def result_row(load: float, tally: Tally, workers: int) -> dict[str, Any]:
         "busy_share": round(tally.busy_s / (workers * tally.last_ended_at), 6),
         "forwards": tally.forwards,
         "preemptions": tally.preemptions,
+        "retractions": tally.retractions,
         "rounds": tally.rounds,
         "blocking_p50_ms": _ms(tally.blocking.quantile_s(0.5)),
         "blocking_p99_ms": _ms(tally.blocking.quantile_s(0.99)),

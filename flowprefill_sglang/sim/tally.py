@@ -70,6 +70,8 @@ class Tally:
 
     classes: dict[str, ClassTally]
     preemptions: int = 0
+    retractions: int = 0
+    """Tasks that were started over."""
     forwards: int = 0
     rounds: int = 0
     events: int = 0

@@ -6,7 +6,8 @@ or it is idle and has news. Arrivals of one instant are all told before the work
 other is taken in before a round.
 
 ``PreemptiveWorker`` follows ``integration.prefill.loop`` turn by turn: it asks the same state machine
-(``prefill_worker.scheduler``) for its ranking and batches, with the same admission rule. Memory is never short here.
+(``prefill_worker.scheduler``) for its ranking and batches, with the same admission rule. Memory is never short here,
+but tasks are limited in number.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
+from flowprefill_sglang.prefill_worker.retraction import Outlook
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.sim.boundaries import next_boundary_s
 from flowprefill_sglang.sim.configuration import STOCK_BATCH_TOKENS, Configuration
@@ -226,14 +228,35 @@ class PreemptiveWorker:
         self._tally.rounds += 1
         order = self._core.ranking(now).order
         has_room = len(self._forwards) < self._settings.max_tasks
+        outlook: Outlook | None = None
         for place, candidate in enumerate(order):
             task = self._core.task_of(candidate)
             if task is not None:
                 self._go_on(task, now)
                 return
+            if not has_room:
+                outlook = outlook or Outlook.of(order, now)
+                has_room = candidate in outlook.on_time and self._retract_one(outlook, now)
+                if has_room:  # the retracted task's requests have another place
+                    order = self._core.ranking(now).order
+                    place = order.index(candidate)
             if has_room:
                 self._start(candidate, islice(order, place + 1, None), now)
                 return
+
+    def _retract_one(self, outlook: Outlook, now: float) -> bool:
+        for candidate in outlook.given_up:
+            task = self._core.task_of(candidate)
+            if task is not None and task.is_first:
+                if task is self._core.running:
+                    self._core.preempted(now)
+                    self._tally.preemptions += 1
+                forward = self._forwards.pop(task)
+                self._tally.busy_s -= forward.total_s - forward.executed_s
+                self._tally.retractions += 1
+                self._core.retracted(task)
+                return True
+        return False
 
     def _go_on(self, task: Task, now: float) -> None:
         if task is self._core.running:

@@ -63,6 +63,30 @@ def test_a_prompt_at_the_edge_of_the_pool(tight: Pair, stock_url: str, below: in
         tight.give_up(answer)
 
 
+def test_prompts_that_were_given_up_make_room(roomy: Pair, stock_url: str) -> None:
+    """Six that are late from the start, each shorter than what remains of the one before it, hold most of the pool. For
+    one that can be on time and needs more than is left, the longest of them is started over."""
+    sizes = [8_000, 7_000, 6_100, 5_300, 4_600, 4_000]
+    wait_until(lambda: roomy.control("/flush_cache")[0] == 200, timeout_s=30)
+    bodies, urgent_ids = [prompts.ids(size, 780 + size) for size in sizes], prompts.ids(8_100, 790)
+    late = [roomy.ask(bodies[0], name="late0", ttft_slo_ms=1)]
+    for number, body in enumerate(bodies[1:], 1):  # handed over to nobody: the decode instance has no room for them all
+        roomy.wait_for("started", late[-1])
+        late.append(roomy.prefill_alone(body, name=f"late{number}", ttft_slo_ms=1))
+    roomy.wait_for("started", late[-1])
+    urgent = roomy.ask(urgent_ids, name="urgent", ttft_slo_ms=60_000)
+    assert_right([urgent, late[0]], [urgent_ids, bodies[0]], stock_url)
+    for answer, body in zip(late[1:], bodies[1:], strict=True):
+        status, document = answer.prefill.result(60)
+        assert (status, document["output_ids"]) == (200, expected(stock_url, body)[:1])
+    steps = roomy.steps(urgent, *late)
+    assert [name for kind, name in steps if kind == "retracted"] == ["late0"], steps
+    assert steps.index(("retracted", "late0")) < steps.index(("started", "urgent"))
+    assert steps.index(("finished", "urgent")) < steps.index(("finished", "late5")), "it waited for none of them"
+    assert steps.count(("started", "late0")) == 2
+    wait_until(lambda: roomy.load()["num_used_tokens"] == 0, timeout_s=30)
+
+
 def test_a_burst_of_everything(tight: Pair, stock_url: str) -> None:
     """Sixteen at once, of all sizes and objectives, a few of them aborted."""
     sizes = [30, 200, 700, 1_030, 2_100, 3_300, 4_200, 5_100]

@@ -20,6 +20,7 @@ from flowprefill_sglang.observe.events import (
     TaskFinished,
     TaskPreempted,
     TaskResumed,
+    TaskRetracted,
     TaskStarted,
     Trigger,
 )
@@ -44,6 +45,10 @@ def preempted(at: float, task: int) -> TaskPreempted:
 
 def resumed(at: float, task: int, suspended_s: float) -> TaskResumed:
     return TaskResumed(at=at, task=task, rids=[f"r{task}"], suspended_s=suspended_s)
+
+
+def retracted(at: float, task: int) -> TaskRetracted:
+    return TaskRetracted(at=at, task=task, rids=[f"r{task}"], executed_s=1.0)
 
 
 def finished(at: float, task: int) -> TaskFinished:
@@ -121,6 +126,9 @@ def test_nothing_recorded() -> None:
         # Aborted while it was suspended and another one ran.
         ([started(1.0, 1), preempted(2.0, 1), started(2.0, 2), ended(3.0, "r1"), finished(4.0, 2)],
          [(1.0, 2.0, True), (2.0, 3.0, False)]),
+        # Started over: another task computes its request.
+        ([started(1.0, 1), preempted(2.0, 1), retracted(2.5, 1), started(2.5, 2), finished(4.0, 2)],
+         [(1.0, 2.0, True), (2.0, 2.5, False)]),
         # The record of its preemption is lost: another one runs, and how long it was suspended is told by its return.
         ([started(1.0, 1), started(2.0, 2), finished(3.0, 2), resumed(4.0, 1, 1.5), finished(5.0, 1)],
          [(1.0, 2.0, True), (2.5, 4.0, False), (4.0, 5.0, True)]),

@@ -20,6 +20,7 @@ from flowprefill_sglang.observe.events import (
     TaskFinished,
     TaskPreempted,
     TaskResumed,
+    TaskRetracted,
     TaskStarted,
     Trigger,
 )
@@ -68,6 +69,13 @@ def test_preemptions(metrics: Metrics) -> None:
     assert metrics.value("preemption_blocking_seconds_bucket", le="0.0003") == 3
     assert metrics.value("preemption_blocking_seconds_bucket", le="0.0001") == 0
     assert metrics.value("preempted_suspend_seconds_sum") == 1.5
+
+
+def test_tasks_that_were_started_over(metrics: Metrics) -> None:
+    for executed_s in (0.5, 0.25):
+        metrics.update(TaskRetracted(at=1, task=1, rids=["a"], executed_s=executed_s))
+    assert metrics.value("retraction_total") == 2
+    assert metrics.value("retracted_seconds_total") == 0.75
 
 
 def test_rounds(metrics: Metrics) -> None:

@@ -184,12 +184,50 @@ def test_withdrawn_and_discarded_ones_are_forgotten() -> None:
     assert (core.running, core.waiting, core.suspended, list(core.claims())) == (None, 0, 0, [])
 
 
+def test_a_retracted_task_s_requests_wait_as_before_it() -> None:
+    core = scheduler("feasible")
+    first, second = request("a", 100, at=0.0, due=1.0), request("b", 200, at=0.0, due=2.0)
+    core.arrived(first)
+    core.arrived(second)
+    alone_s = [each.candidate.remaining_s for each in (first, second)]
+    task = core.started([first, second], [Extent(100, 0), Extent(200, 0)], 0.0)
+    with pytest.raises(InternalError):
+        core.retracted(task)  # it runs
+    core.preempted(0.1)
+    core.retracted(task)
+    assert (core.waiting, core.suspended, list(core.claims())) == (2, 0, [])
+    assert core.ranking(0.2).order == [first.candidate, second.candidate]
+    assert [each.candidate.standing for each in (first, second)] == [Standing.WAITING] * 2
+    assert [each.candidate.remaining_s for each in (first, second)] == alone_s
+
+
+def test_what_has_been_handed_over_in_part_or_is_owed_progress_cannot_be_retracted() -> None:
+    core = scheduler("feasible")
+    chunked, promoted = request("a", 100, at=0.0, due=1.0), request("b", 200, at=0.0, due=2.0)
+    core.arrived(chunked)
+    first = start(core, chunked, now=0.0, tokens=50)
+    core.preempted(0.1)
+    assert first.is_first
+    core.resumed(first, 0.1)
+    core.finished(0.2)
+    second = start(core, chunked, now=0.2)
+    core.preempted(0.3)
+    core.arrived(promoted)
+    owed = start(core, promoted, now=0.3)
+    core.preempted(0.4)
+    owed.candidate.is_promoted = True
+    for task in (second, owed):
+        with pytest.raises(InternalError):
+            core.retracted(task)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     policy=st.sampled_from(["fcfs", "edf", "sedf", "srpt", "feasible"]),
     moves=st.lists(
         st.tuples(
-            st.sampled_from(["arrive", "run", "preempt", "finish", "chunk", "withdraw", "discard"]), st.integers(0, 9)
+            st.sampled_from(["arrive", "run", "preempt", "finish", "chunk", "withdraw", "discard", "retract"]),
+            st.integers(0, 9),
         )
     ),
 )
@@ -232,6 +270,10 @@ def test_any_sequence_of_events_keeps_each_request_in_one_place(policy: str, mov
             core.discarded(task, now)
             for each in task.requests:
                 del alive[each.rid]
+        elif move == "retract":
+            tasks = [t for t in core.tasks if t is not core.running and t.is_first and not t.candidate.is_promoted]
+            if tasks:
+                core.retracted(tasks[pick % len(tasks)])
         order = core.ranking(now).order
         seen = [core.request_of(each).rid for each in order if core.task_of(each) is None]
         seen += [each.rid for task in core.tasks for each in task.requests]

@@ -130,6 +130,26 @@ def test_a_switch_costs_the_one_that_comes_and_the_one_that_goes_on() -> None:
     assert tally.busy_s == pytest.approx(9.0)
 
 
+LATE_AND_URGENT = [row(0.0, 800), row(3.0, 100)]
+"""The first has 8 s of work and was due at 5 s."""
+
+
+def test_a_task_that_was_given_up_is_started_over_where_it_keeps_out_one_that_can_be_on_time() -> None:
+    # Stopped at 4 s, and computed anew from 5 s on: the 4 s that it had run are lost.
+    tally, ended = serve("feasible", LATE_AND_URGENT, max_tasks=1)
+    assert ended == [("1", 5.0), ("0", 13.0)]
+    assert (tally.retractions, tally.forwards) == (1, 3)
+    assert tally.busy_s == pytest.approx(13.0)
+    assert serve("feasible", LATE_AND_URGENT, max_tasks=2)[1] == [("1", 5.0), ("0", 9.0)]
+
+
+def test_what_can_be_on_time_or_was_handed_over_in_part_is_not_started_over() -> None:
+    for name, rows in (("feasible", TWO), ("feasible@chunk500", LATE_AND_URGENT), ("fcfs@operator", LATE_AND_URGENT)):
+        rows = [rows[0], replace(rows[1], arrival_s=6.0)]
+        tally, _ = serve(name, rows, max_tasks=1)
+        assert tally.retractions == 0, name
+
+
 def test_arrivals_of_one_instant_are_one_batch() -> None:
     cost = CostModel(base_s=0.5, short_token_s=0.0, long_token_s=0.001, pair_s=0.0)
     tally, ended = serve("feasible", [row(1.0, 100), row(1.0, 100)], cost=cost)

@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sglang.srt.disaggregation.utils import is_aborted
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.observability.req_time_stats import set_schedule_time_batch
+
+from flowprefill_sglang.prefill_worker.task import ForwardTask
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -33,6 +37,16 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.reqs = tuple(self.schedule_batch.reqs)
+
+
+@dataclass(slots=True, eq=False)
+class Begun:
+    """SGLang's side of a task."""
+
+    batch: Batch
+    forward: ForwardTask[GenerationBatchResult]
+    activation_bytes: int
+    """Bound on what it holds while it is suspended."""
 
 
 class PrefillBatches:
@@ -92,6 +106,27 @@ class PrefillBatches:
                 retired.append(req)
         if retired:
             scheduler.output_streamer.stream_output(retired, any(req.return_logprob for req in retired))
+
+    def requeue(self, reqs: Sequence[Req]) -> None:
+        """Give back the KV of requests whose batch runs no more, and let them wait again, as if it had never been made:
+        what SGLang does with an optimistic prefill that comes too early (``optimistic_release_and_requeue``), but
+        that these have met their decode instance already. Nothing of them may have been sent (``is_unsent``)."""
+        scheduler = self._scheduler
+        for req in reqs:
+            scheduler.tree_cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+            req.reset_for_retract()
+            req.time_stats.reset_prefill_retry_time()
+            req.advance_cache_request_handle()
+            req.time_stats.set_wait_queue_entry_time()
+            scheduler.waiting_queue.append(req)
+            req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
+
+    @staticmethod
+    def is_unsent(req: Req) -> bool:
+        """Whether the decode side has nothing of this request yet, beyond the prefix that it had before."""
+        is_it: bool = req.start_send_idx == req.disagg_decode_prefix_len
+        return is_it
 
     def _finds_adapter_slot(self, req: Req) -> bool:
         """Whether the request's adapter finds a slot beside those that are held; SGLang asks this of waiting requests

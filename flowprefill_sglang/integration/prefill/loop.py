@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -29,12 +28,13 @@ from sglang.srt.disaggregation.utils import is_aborted
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.prefill_cost import Extent
 from flowprefill_sglang.errors import InternalError
-from flowprefill_sglang.integration.prefill.batches import Batch, PrefillBatches
+from flowprefill_sglang.integration.prefill.batches import Batch, Begun, PrefillBatches
 from flowprefill_sglang.integration.prefill.ended_handoffs import EndedHandoffs
 from flowprefill_sglang.integration.prefill.grammars import Grammars
 from flowprefill_sglang.integration.prefill.memory import PrefillMemory
 from flowprefill_sglang.integration.prefill.reports import Reports
-from flowprefill_sglang.integration.prefill.request_terms import as_request, terms_of
+from flowprefill_sglang.integration.prefill.request_terms import as_request, terms_of, update_extent
+from flowprefill_sglang.integration.prefill.retraction import Retraction
 from flowprefill_sglang.integration.prefill.wakeup import Doorbell, News, Taken, Wakeup
 from flowprefill_sglang.observe.events import Outcome, Trigger
 from flowprefill_sglang.prefill_worker.admission import Room
@@ -43,6 +43,7 @@ from flowprefill_sglang.prefill_worker.frame_room import with_frame_room
 from flowprefill_sglang.prefill_worker.journal import Journal
 from flowprefill_sglang.prefill_worker.ranks import Ranks
 from flowprefill_sglang.prefill_worker.reporter import SchedulerReporter
+from flowprefill_sglang.prefill_worker.retraction import Outlook
 from flowprefill_sglang.prefill_worker.run_ahead import RunAhead
 from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
 from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
@@ -50,7 +51,7 @@ from flowprefill_sglang.prefill_worker.task import ForwardTask, SharedState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import GenerationBatchResult, Scheduler
+    from sglang.srt.managers.scheduler import Scheduler
 
 TRANSPORT_TICK_S = 0.05
 """How often handoffs under way are polled while nothing runs: transports enforce their time-outs, and some report the
@@ -60,18 +61,8 @@ HOUSEKEEPING_S = 30.0
 """How often an idle worker gets up for SGLang's own idle duties (metrics, leak check)."""
 
 MAX_REFUSALS = 16
-"""Waiting requests that a round tries to start before it settles for what is already begun. Memory that refused
-sixteen in a row is full, and trying hundreds would cost the round more than it could win."""
-
-
-@dataclass(slots=True, eq=False)
-class Begun:
-    """SGLang's side of a task."""
-
-    batch: Batch
-    forward: ForwardTask[GenerationBatchResult]
-    activation_bytes: int
-    """Bound on what it holds while it is suspended."""
+"""Waiting requests that a round tries to start before it settles for what is begun: memory that refused so many is
+full, and trying hundreds costs more than it can win."""
 
 
 class PrefillLoop:
@@ -101,6 +92,7 @@ class PrefillLoop:
         self._memory = memory
         self._settings = settings
         self._batches = PrefillBatches(scheduler)
+        self._retraction = Retraction(core, memory, self._batches)
         channels = scheduler.ipc_channels
         sockets = [s for s in (channels.recv_from_tokenizer, channels.recv_from_rpc) if s is not None]
         self._wakeup = Wakeup(sockets, gate, ranks=ranks)
@@ -251,24 +243,8 @@ class PrefillLoop:
         began_at = self._ranks.now()
         self._trigger = None
         self._building_s = 0.0
-        is_memory_short = False
         ranking, ran_before = self._core.ranking(began_at), self._core.running
-        room: Room | None = None  # asked for when something may start: in most rounds what runs goes on
-        refusals = 0
-        for place, candidate in enumerate(ranking.order):
-            task = self._core.task_of(candidate)
-            if task is not None:
-                self._go_on(task, began_at)
-                break
-            if candidate.standing is Standing.WAITING and (refusals >= MAX_REFUSALS or is_memory_short):
-                continue
-            room = room or self._memory.room(self._core)
-            if self._try_start(candidate, islice(ranking.order, place + 1, None), room, began_at):
-                break
-            refusals += 1
-            # A promoted request must not be overtaken for ever by smaller ones that still fit.
-            is_memory_short |= candidate.is_promoted
-        self._note_memory(is_short=is_memory_short or refusals > 0)
+        self._note_memory(is_short=self._run_first(ranking.order, began_at))
         ended_at = time.monotonic()
         self._journal.round(
             self._core,
@@ -280,6 +256,35 @@ class PrefillLoop:
         )
         running = self._core.running
         self._reports.send_if_due(ended_at, running, has_started=running is not ran_before)
+
+    def _run_first(self, order: Sequence[Candidate], now: float, *, may_retract: bool = True) -> bool:
+        """Run the first of a ranking that memory admits. Whether it refused a better one."""
+        room: Room | None = None  # asked for when something may start: in most rounds what runs goes on
+        outlook: Outlook | None = None
+        refusals, is_full = 0, False  # a promoted one that was refused must not be overtaken by smaller ones for ever
+        for place, candidate in enumerate(order):
+            task = self._core.task_of(candidate)
+            if task is not None:
+                self._go_on(task, now)
+                break
+            if candidate.standing is Standing.WAITING and (is_full or refusals >= MAX_REFUSALS):
+                continue
+            room = room or self._memory.room(self._core)
+            if self._try_start(candidate, islice(order, place + 1, None), room, now):
+                break
+            if may_retract and self._begun:
+                outlook = outlook or Outlook.of(order, now)
+                undone = self._retraction.choose(outlook, candidate, room, self._begun)
+                for task in undone:
+                    if task is self._core.running:
+                        self._preempt_for([self._core.request_of(candidate)])
+                    self._retraction.undo(task, self._begun.pop(task))
+                    self._journal.retracted(task, now)
+                if undone:
+                    return self._run_first(self._core.ranking(now).order, now, may_retract=False)
+            refusals += 1
+            is_full |= candidate.is_promoted
+        return refusals > 0
 
     def _note_memory(self, *, is_short: bool) -> None:
         news = self._news
@@ -306,9 +311,7 @@ class PrefillLoop:
         """Start the forward pass of a request, with others if it is small; False when memory does not admit it."""
         head = self._core.request_of(candidate)
         is_begun = candidate.standing is Standing.HALF_PREFILLED
-        slots = self._memory.kv_slots(head.new_tokens + head.cached_tokens)
-        activation_bytes = self._memory.activation_bytes(head.new_tokens, head.cached_tokens)
-        if room.refusal(slots, activation_bytes, is_begun=is_begun) is not None:
+        if self._memory.refusal(room, head, is_begun=is_begun) is not None:
             return False
         if is_begun:
             requests = [head]
@@ -330,8 +333,7 @@ class PrefillLoop:
         self._preempt_for(requests)
         extents = []
         for request, req in zip(requests, batch.reqs, strict=True):
-            request.cached_tokens = req.prefix_len
-            request.new_tokens = len(req.origin_input_ids) - req.prefix_len
+            update_extent(request, req)
             extents.append(Extent(req.extend_len, req.prefix_len))
         task = self._core.started(requests, extents, now)
         run = partial(self._scheduler.run_batch, batch.schedule_batch)

@@ -9,12 +9,12 @@ import psutil
 import torch
 
 from flowprefill_sglang.integration.preemption.activation_bound import activation_bound
-from flowprefill_sglang.prefill_worker.admission import Room
+from flowprefill_sglang.prefill_worker.admission import Holding, Refusal, Room
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
-    from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler
+    from flowprefill_sglang.prefill_worker.scheduler import PrefillScheduler, Request, Task
     from flowprefill_sglang.prefill_worker.settings import SchedulerSettings
 
 
@@ -43,6 +43,23 @@ class PrefillMemory:
             max_tasks=self._max_tasks,
             activation_bytes=sum(self.activation_bytes(task.new_tokens, task.cached_tokens) for task in core.tasks),
             max_activation_bytes=self._max_activation_bytes,
+        )
+
+    def refusal(self, room: Room, head: Request, *, is_begun: bool) -> Refusal | None:
+        """Why nothing of this request can start in this room, ``is_begun`` its next chunk; None if it can."""
+        slots = self.kv_slots(head.new_tokens + head.cached_tokens)
+        activation_bytes = self.activation_bytes(head.new_tokens, head.cached_tokens)
+        return room.refusal(slots, activation_bytes, is_begun=is_begun)
+
+    def holding(self, task: Task) -> Holding:
+        """What would be free without this task. The prefixes that it keeps in the cache are not counted: others may
+        use them, too."""
+        pairs = list(zip(task.requests, task.extents, strict=True))
+        rests = [request.new_tokens - extent.new_tokens for request, extent in pairs]
+        return Holding(
+            kv_tokens=sum(extent.new_tokens for _, extent in pairs),
+            claimed_kv_tokens=sum(self.kv_slots(rest) for rest in rests if rest),
+            activation_bytes=self.activation_bytes(task.new_tokens, task.cached_tokens),
         )
 
     def kv_slots(self, tokens: int) -> int:

@@ -168,6 +168,12 @@ def as_request(req: Any, terms: RequestTerms) -> Request:  # SGLang's Req, with 
     )
 
 
+def update_extent(request: Request, req: Any) -> None:
+    """Take over what SGLang's cache has of the prompt now."""
+    request.cached_tokens = req.prefix_len
+    request.new_tokens = len(req.origin_input_ids) - req.prefix_len
+
+
 def _read(req: Any, now: float, default_objective_s: float) -> RequestTerms:
     params = _take(req.sampling_params)
     objective_s = params[OBJECTIVE] / 1000 if OBJECTIVE in params else default_objective_s
