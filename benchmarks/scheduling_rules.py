@@ -21,7 +21,8 @@ from results_file import write_result
 from flowprefill_sglang.core.aging import AgingLimits
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
-from flowprefill_sglang.core.policies import POLICIES, sedf
+from flowprefill_sglang.core.forecast import PART
+from flowprefill_sglang.core.policies import POLICIES, on_time_first, sedf
 from flowprefill_sglang.core.prefill_cost import CostModel, Extent
 from flowprefill_testing.single_machine import JobClass, Run, aged, draw, foreseeing, serve
 
@@ -82,7 +83,15 @@ def batching_rows(seeds: range, count: int) -> list[dict[str, Any]]:
         for prompts, classes in (("short", SHORT_PROMPTS), ("mixed", MIXED_PROMPTS))
         for load in (0.9, 2.0, 3.0)
         for policy in ("sedf", "feasible")
-        for budget, join in ((1, "policy"), (512, "sedf"), (2048, "sedf"), (2048, "policy"), (4096, "sedf"))
+        for budget, join in (
+            (1, "policy"),
+            (512, "sedf"),
+            (2048, "sedf"),
+            (2048, "policy"),
+            (4096, "sedf"),
+            (2048, "product"),
+        )
+        if join != "product" or policy == "feasible"
     ]
 
 
@@ -97,19 +106,28 @@ def serve_in_batches(
 
     jobs = draw(seed, load=load, count=count, classes=classes, work_s_of=work_s_of)
 
+    limits = BatchLimits(max_new_tokens=budget)
+
     def gather(head: Candidate, present: Sequence[Candidate], now: float) -> tuple[list[Candidate], float]:
+        ranking = POLICIES[name](present, now)
+        behind = [one for one in ranking if one is not head]
         batch = fill_batch(
             head,
-            sedf(present, now) if join == "sedf" else POLICIES[name](present, now),
+            ranking if join == "policy" else sedf(present, now),
             now,
             extent_of=lambda one: Extent(lengths[one.key]) if one.standing is Standing.WAITING else None,
             predict=MODEL.seconds,
             kv_room_tokens=1 << 30,
-            limits=BatchLimits(max_new_tokens=budget),
+            limits=limits,
+            kept=set(on_time_first(behind, now + head.remaining_s)) if join == "product" else None,
         )
         return batch.members, batch.predicted_s
 
-    return serve(jobs, POLICIES[name], gather)
+    def added_s(candidate: Candidate) -> float:
+        return limits.added_s(Extent(lengths[candidate.key]), MODEL.parts)
+
+    decide = foreseeing(POLICIES[name], PART, added_s) if join == "product" else POLICIES[name]
+    return serve(jobs, decide, gather)
 
 
 def main() -> int:

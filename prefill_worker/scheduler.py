@@ -28,7 +28,7 @@ from flowprefill_sglang.core.aging import AgingLimits, Promotions, with_aging
 from flowprefill_sglang.core.batching import BatchLimits, fill_batch
 from flowprefill_sglang.core.candidate import Candidate, Standing
 from flowprefill_sglang.core.forecast import Forecast
-from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order
+from flowprefill_sglang.core.policies import POLICIES, feasible, in_sedf_order, on_time_first
 from flowprefill_sglang.core.prefill_cost import Extent, Predictor
 from flowprefill_sglang.errors import InternalError
 from flowprefill_sglang.prefill_worker.run_ahead import Cost
@@ -295,13 +295,16 @@ class PrefillScheduler:
         the ranking. ``kv_room_tokens``: free KV for the new tokens of all.
 
         Under ``feasible``, others join in S-EDF order: that policy counts each request at what it takes alone, so it
-        has put some behind that a batch carries in time (docs/scheduling.md has the figures).
+        has put some behind that a batch carries in time (docs/scheduling.md has the figures). Those on time come first
+        in its ranking.
         """
         limits = self._batching
         # Where nobody can join, as fill_batch would find too, nobody needs to be put in order.
         if limits.max_requests == 1 or head.new_tokens >= limits.max_new_tokens or len(self._requests) == 1:
             return [head]
+        kept: set[Candidate] | None = None
         if self._joins_in_sedf_order:
+            kept = set(on_time_first(others, now + head.candidate.remaining_s))
             others = in_sedf_order(self._in_deadline_order, now)
         batch = fill_batch(
             head.candidate,
@@ -311,6 +314,7 @@ class PrefillScheduler:
             predict=self.predictor.seconds,
             kv_room_tokens=kv_room_tokens,
             limits=limits,
+            kept=kept,
         )
         return [self._requests[candidate] for candidate in batch.members]
 
@@ -343,7 +347,8 @@ class PrefillScheduler:
         candidate = request.candidate
         candidate.remaining_s = self.predictor.seconds((request.extent,))
         if is_new:
-            self._forecast.arrived(candidate.remaining_s, request.arrived_at)
+            added_s = self._batching.added_s(request.extent, self.predictor.parts)
+            self._forecast.arrived(candidate.remaining_s, added_s, request.arrived_at)
         candidate.set_aside = self._forecast.set_aside(candidate.remaining_s)
         self._requests[candidate] = request
         self._insert(candidate)

@@ -31,13 +31,14 @@ class Forecast:
         self._work_s = [0.0] * _BUCKETS
         self._set_aside = [0.0] * (_BUCKETS + 1)
 
-    def arrived(self, work_s: float, now: float) -> None:
-        """One request came that takes so long. One that came before the last counts as if it came with it."""
+    def arrived(self, alone_s: float, added_s: float, now: float) -> None:
+        """One request came, which takes ``alone_s`` alone and ``added_s`` as a part of a batch. One that came before
+        the last counts as if it came with it."""
         now = max(now, self._at)
         kept = math.exp((self._at - now) / MEMORY_S)
         self._at = now
         self._work_s = [kept * before_s for before_s in self._work_s]
-        self._work_s[_bucket(work_s)] += work_s
+        self._work_s[_bucket(alone_s)] += added_s
         window_s = MEMORY_S * -math.expm1((self._began_at - now) / MEMORY_S)
         if window_s > 0:
             factor = self._part / max(window_s, MEMORY_S / 6)  # a few first arrivals are no rate

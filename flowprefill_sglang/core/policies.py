@@ -71,6 +71,17 @@ def in_sedf_order(candidates: Sequence[Candidate], now: float) -> Iterator[Candi
     yield from late
 
 
+def on_time_first(order: Iterable[Candidate], now: float) -> Iterator[Candidate]:
+    """Those on time with which a ranking begins, if they run in its order: under ``feasible`` all that it counts on.
+    The ones behind them were given up."""
+    ends_at = now
+    for candidate in order:
+        ends_at += candidate.remaining_s
+        if ends_at > candidate.deadline_at:
+            return
+        yield candidate
+
+
 def srpt(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
     """Shortest remaining processing time first: the least mean TTFT, blind to deadlines.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 from typing import Final, Protocol
@@ -171,7 +171,7 @@ class PreemptiveWorker:
             Predictor(settings.machine.cost),
             policy=configuration.policy,
             aging=settings.aging,
-            batching=settings.batching,
+            batching=settings.batching if settings.is_batching else replace(settings.batching, max_requests=1),
             now=0.0,
         )
         self._chunk_tokens = configuration.chunk_tokens or _UNLIMITED_KV_TOKENS
@@ -268,7 +268,7 @@ class PreemptiveWorker:
     def _start(self, candidate: Candidate, others: Iterable[Candidate], now: float) -> None:
         head = self._core.request_of(candidate)
         requests = [head]
-        if candidate.standing is Standing.WAITING and self._settings.is_batching:
+        if candidate.standing is Standing.WAITING:
             requests = self._core.batch_of(head, others, now, _UNLIMITED_KV_TOKENS)
         runs_from = self._switched_at(now)
         extents = [Extent(min(one.new_tokens, self._chunk_tokens), one.cached_tokens) for one in requests]

@@ -43,7 +43,12 @@ class Prompts:
         )
 
     def fill(
-        self, *candidates: Candidate, now: float = 0.0, kv_room_tokens: int = 1 << 20, **limits: float
+        self,
+        *candidates: Candidate,
+        now: float = 0.0,
+        kv_room_tokens: int = 1 << 20,
+        kept: Sequence[Candidate] | None = None,
+        **limits: float,
     ) -> tuple[list[int], Batch]:
         def counted(extents: Sequence[Extent]) -> float:
             self.predictions += 1
@@ -57,6 +62,7 @@ class Prompts:
             predict=counted,
             kv_room_tokens=kv_room_tokens,
             limits=BatchLimits(**limits),
+            kept=kept,
         )
         assert batch.extents == [self.extents[member.key] for member in batch.members]
         assert batch.predicted_s == pytest.approx(predict(batch.extents))
@@ -236,3 +242,31 @@ class TestUnderLoad:
             batched.append(serve(jobs, feasible, self.gather(extents)).attainment)
         assert mean(batched) > mean(alone) + 0.1
         assert mean(batched) > 0.9
+
+
+def test_one_that_was_given_up_joins_where_the_batch_saves_most_of_it() -> None:
+    prompts = Prompts()
+    head = prompts.add(64, deadline_at=10.0)
+    short = prompts.add(64, deadline_at=10.0)  # adds 1/16 s to a batch and takes 5/16 alone
+    long = prompts.add(512, deadline_at=10.0)  # adds 1/2 s and takes 3/4
+    assert prompts.fill(head, short, long)[0] == [0, 1, 2]
+    assert prompts.fill(head, short, long, kept=[])[0] == [0, 1]
+    assert prompts.fill(head, short, long, kept=[long])[0] == [0, 1, 2]
+
+
+def test_one_that_was_given_up_may_be_overtaken() -> None:
+    prompts = Prompts()
+    head, other = prompts.add(64, deadline_at=10.0), prompts.add(256, deadline_at=10.0)
+    task = prompts.add_task(1.0, deadline_at=1.4)  # could start at 0.4; the batch of both ends at 0.56
+    assert prompts.fill(head, task, other)[0] == [0]
+    assert prompts.fill(head, task, other, kept=[other])[0] == [0, 1]
+
+
+def test_what_a_request_adds_to_a_full_batch() -> None:
+    model = CostModel(base_s=0.5, short_token_s=0.0, long_token_s=0.001, knee_tokens=100, pair_s=1e-6)
+    limits = BatchLimits(max_new_tokens=1_000)
+    # A batch of 1,000 tokens takes 0.5 and 0.9 s; 200 of them a fifth of it, and 0.02 s of attention of their own.
+    assert limits.added_s(Extent(200, 0), model.parts) == pytest.approx(0.28 + 0.02)
+    assert limits.added_s(Extent(2_000, 0), model.parts) == pytest.approx(model.seconds([Extent(2_000, 0)]))
+    alone = BatchLimits(max_requests=1)
+    assert alone.added_s(Extent(200, 0), model.parts) == pytest.approx(model.seconds([Extent(200, 0)]))

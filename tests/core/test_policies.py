@@ -20,6 +20,7 @@ from flowprefill_sglang.core.policies import (
     edf,
     fcfs,
     feasible,
+    on_time_first,
     sedf,
     split_on_time,
     srpt,
@@ -308,3 +309,10 @@ def test_the_short_one_does_not_wait_for_the_long_one() -> None:
     assert run.attainment == 1.0
     assert run.preemptions == 1
     assert [one.ended_at for one in run.served] == [5.125, 1.125]
+
+
+def test_a_ranking_begins_with_those_on_time() -> None:
+    first, second, late, behind = (waiting(key, due, 1.0) for key, due in enumerate((1.0, 2.0, 2.5, 9.0)))
+    assert keys(list(on_time_first([first, second, late, behind], 0.0))) == [0, 1]
+    assert keys(list(on_time_first([first, second], 0.5))) == []
+    assert keys(list(on_time_first([waiting(4, inf, 5.0), late], 0.0))) == [4]

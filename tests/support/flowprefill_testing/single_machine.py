@@ -111,15 +111,17 @@ def aged(policy: Policy, limits: AgingLimits) -> Decide:
     return round_
 
 
-def foreseeing(policy: Policy, part: float) -> Decide:
-    """Rounds of a scheduler that sets so much aside of what arrivals will take."""
+def foreseeing(
+    policy: Policy, part: float, added_s: Callable[[Candidate], float] = lambda candidate: candidate.remaining_s
+) -> Decide:
+    """Rounds of a scheduler that sets so much aside of what arrivals will take: ``added_s`` each."""
     forecast, seen = Forecast(0.0, part), -1
 
     def round_(candidates: Sequence[Candidate], now: float) -> list[Candidate]:
         nonlocal seen
         for candidate in sorted(candidates, key=lambda one: one.key):
             if candidate.key > seen:
-                forecast.arrived(candidate.remaining_s, candidate.arrived_at)
+                forecast.arrived(candidate.remaining_s, added_s(candidate), candidate.arrived_at)
                 seen = candidate.key
         for candidate in candidates:
             candidate.set_aside = forecast.set_aside(candidate.remaining_s)
