@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,6 +39,14 @@ MIXED_PROMPTS = (
     JobClass(objective_s=0.5, median=600, share=0.2),
     JobClass(objective_s=4.0, median=4000, share=0.2),
     JobClass(objective_s=6.0, median=12000, share=0.1),
+)
+
+FORESEEING = ("set aside alone", "set aside in a batch", "product")
+"""Who joins in S-EDF order and time is set aside: for arrivals as they are alone, as they are in a batch; and with the
+product's limit for those that were given up."""
+BATCHES = (
+    *((1, "policy"), (512, "sedf"), (2048, "sedf"), (2048, "policy"), (4096, "sedf")),
+    *((2048, join) for join in FORESEEING),
 )
 
 
@@ -126,8 +135,10 @@ def serve_in_batches(
     def added_s(candidate: Candidate) -> float:
         return limits.added_s(Extent(lengths[candidate.key]), MODEL.parts)
 
-    decide = foreseeing(POLICIES[name], PART, added_s) if join == "product" else POLICIES[name]
-    return serve(jobs, decide, gather)
+    if join not in FORESEEING:
+        return serve(jobs, POLICIES[name], gather)
+    alone = join == "set aside alone"
+    return serve(jobs, foreseeing(POLICIES[name], PART, attrgetter("remaining_s") if alone else added_s), gather)
 
 
 def main() -> int:
