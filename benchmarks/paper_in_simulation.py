@@ -92,32 +92,41 @@ def bound_rows(workload: Workload, repeat: int, options: argparse.Namespace) -> 
     for load in LOADS:
         factor = plain.measure().interval_factor(load, 1)
         alone = plain.without_batches(factor, options.whole_seconds)
+        tallies = {
+            (is_batching, is_aging): replace(
+                plain, is_batching=is_batching, aging=plain.aging if is_aging else patient
+            ).simulate(default, factor)
+            for is_batching in (True, False)
+            for is_aging in (True, False)
+        }
         starts = [set(alone.chosen), set(range(requests))]
-        found = max(alone.least, plain.with_hindsight(default, factor, starts, options.hindsight_rounds))
+        searched = plain.with_hindsight(default, factor, starts, options.hindsight_rounds)
+        found = max(alone.least, searched, *(tally.attained for tally in tallies.values()))
         known = {
             "best_known": round(found / requests, 4),
             "best_alone_least": round(alone.least / requests, 4),
             "best_alone_most": round(alone.most / requests, 4),
         }
+        bounds = {}
         for is_batching in (True, False):
             linear = replace(plain, is_batching=is_batching).bound([default], factor, window=1 << 30)
             most = alone.most / requests
             if is_batching:
                 most = plain.bound([default], factor, window=1 << 30, whole_s=options.whole_seconds)
-            for is_aging in (True, False):
-                experiment = replace(plain, is_batching=is_batching, aging=plain.aging if is_aging else patient)
-                tally = experiment.simulate(default, factor)
-                attainment = tally.attainment
-                rows.append(
-                    {"part": "bound", "repeat": repeat, "load": load, "is_batching": is_batching, "is_aging": is_aging}
-                    | {"attainment": round(attainment, 4), "bound": round(most, 4), "linear_bound": round(linear, 4)}
-                    | known
-                    | {
-                        "of_bound": round(attainment / most, 4),
-                        "of_best_known": round(attainment * requests / found, 4),
-                    }
-                    | {"longest_ttft_s": round(max(one.ttft.longest_s for one in tally.classes.values()), 1)}
-                )
+            bounds[is_batching] = (most, linear)
+        for (is_batching, is_aging), tally in tallies.items():
+            most, linear = bounds[is_batching]
+            rows.append(
+                {"part": "bound", "repeat": repeat, "load": load, "is_batching": is_batching, "is_aging": is_aging}
+                | {"attainment": round(tally.attainment, 4), "bound": round(most, 4), "linear_bound": round(linear, 4)}
+                | known
+                | {
+                    "of_bound": round(tally.attainment / most, 4),
+                    "of_best_known": round(tally.attained / found, 4),
+                    "retractions": tally.retractions,
+                }
+                | {"longest_ttft_s": round(max(one.ttft.longest_s for one in tally.classes.values()), 1)}
+            )
     return rows
 
 
